@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -180,6 +181,7 @@ class FASTrainingArguments(TrainingArguments):
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
+        self.dataloader_pin_memory &= torch.cuda.is_available()
         super().__post_init__()
 
     def check(self, streaming: bool) -> None:

@@ -20,7 +20,7 @@ SCHEDULES = ("stepwise", "layerwise")
 
 
 def modes(model: nn.Module, timesteps: Sequence[int]) -> list[tuple[str, int, str | None]]:
-    """Return `(name, T, schedule)` of every row to report for a model: one for a stock model, else QCFS and spiking."""
+    """Return `(name, T, schedule)` of every row to report: one for a stock model, else QCFS and the spiking ones."""
     if not hasattr(model, "set_timesteps"):
         return [
             (str(getattr(model.config, "hidden_act", getattr(model.config, "activation_function", "ann"))), 0, None)

@@ -1,5 +1,6 @@
 """What the three scripts share: checks, models, training, evaluation, results."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ class Run:
 
 def start(script: str, stages: Sequence[str], argv: Sequence[str] | None) -> Run:
     """Parse and check the arguments of a script, read the configuration of the model, seed everything."""
-    model, data, training = parse_arguments(argv)
+    given = sys.argv[1:] if argv is None else argv
+    model, data, training = parse_arguments(given)
     model.check(script, stages, training.do_eval)
     data.check(script, training.do_train, training.do_eval)
     training.check(data.streaming)
@@ -68,7 +70,7 @@ def start(script: str, stages: Sequence[str], argv: Sequence[str] | None) -> Run
     logging.enable_default_handler()
     config = read_config(model, script)
     set_seed(training.seed)
-    return Run(script, model, data, training, config, ["-m", f"training.run_{script}", *(argv or ())])
+    return Run(script, model, data, training, config, ["-m", f"training.run_{script}", *given])
 
 
 def read_config(model: ModelArguments, script: str) -> Any:
@@ -135,8 +137,8 @@ def _begin_calibration(run: Run, model: Any) -> None:
     thresholds = [neuron.threshold for _, neuron in model.neurons()]
     if all(bool((threshold == model.config.initial_threshold).all()) for threshold in thresholds):
         raise ValueError(
-            f"`--model_name_or_path` must be fine-tuned with QCFS before --stage calibrate, got "
-            f"{run.model.model_name_or_path!r} with every threshold at its initial value. Run --stage downstream first."
+            "`--model_name_or_path` must be fine-tuned with QCFS before --stage calibrate, got "
+            f"{run.model.model_name_or_path!r} with every threshold at its start. Run --stage downstream first."
         )
     wanted = (run.model.calib_T, run.model.granularity)
     if model.config.calib_T is None:
