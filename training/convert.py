@@ -136,7 +136,7 @@ def run_step(name: str, script: str, settings: dict[str, Any], launcher: list[st
     """
     folder = Path(settings["output_dir"])
     mark = folder / STEP_FILE
-    found = read_results(mark) if mark.is_file() else {"settings": settings, "finished": False}
+    found: dict[str, Any] = read_results(mark) if mark.is_file() else {"settings": settings, "finished": False}
     changed = sorted(
         key
         for key in found["settings"].keys() | settings.keys()

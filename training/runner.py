@@ -80,7 +80,7 @@ def read_config(model: ModelArguments, script: str) -> Any:
         ValueError: for a checkpoint of another architecture, or one to calibrate that never was a QCFS network.
     """
     backbone = "gpt2" if script == "clm" else "bert"
-    source = model.model_name_or_path or model.config_name
+    source = model.model_name_or_path or model.config_name or ""
     flag = "model_name_or_path" if model.model_name_or_path else "config_name"
     options: dict[str, Any] = {"revision": model.model_revision}
     try:
@@ -172,7 +172,8 @@ def train_and_evaluate(
         summary = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_state()
     if run.stage == "calibrate":
-        trainer.model.set_timesteps(run.model.calib_T, "stepwise")
+        spiking: Any = trainer.model
+        spiking.set_timesteps(run.model.calib_T, "stepwise")
     if args.do_train:
         trainer.save_model()
         tokenizer.save_pretrained(output_dir) if args.should_save else None
