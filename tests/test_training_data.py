@@ -111,7 +111,7 @@ def test_metrics_are_those_of_glue():
     f1 = sklearn_metrics.f1_score(references, predictions)
     matthews = sklearn_metrics.matthews_corrcoef(references, predictions)
     names = {"cola": {"matthews_correlation": matthews}, "mrpc": {"accuracy": accuracy, "f1": f1}}
-    names |= {"qqp": names["mrpc"]} | dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli"], {"accuracy": accuracy})
+    names |= {"qqp": names["mrpc"]} | {key: {"accuracy": accuracy} for key in ["sst2", "mnli", "qnli", "rte", "wnli"]}
     for name, expected in names.items():
         assert GlueMetric(name).compute(predictions=predictions, references=references) == pytest.approx(expected)
     values = generator.random(50) * 5

@@ -96,7 +96,7 @@ def _check_values(values: dict[str, np.ndarray], bounds: tuple[float, float]) ->
         if wrong.any():
             raise ValueError(
                 f"`--label_column` must hold finite numbers from {bounds[0]} to {bounds[1]}, got "
-                f"{found[wrong][0].item()} in row {int(wrong.argmax())} of split {split!r}."
+                f"{found[wrong].tolist()[0]} in row {int(wrong.argmax())} of split {split!r}."
             )
 
 
@@ -111,8 +111,8 @@ def _check_classes(values: dict[str, np.ndarray], names: list[str]) -> None:
             allowed = f"one of {', '.join(names)}"
         if wrong.any():
             raise ValueError(
-                f"`--label_column` must hold {allowed}, got {found[wrong][0].item()!r} in row {int(wrong.argmax())} of "
-                f"split {split!r}. (The test splits of GLUE have no labels.)"
+                f"`--label_column` must hold {allowed}, got {found[wrong].tolist()[0]!r} in row "
+                f"{int(wrong.argmax())} of split {split!r}. (The test splits of GLUE have no labels.)"
             )
 
 

@@ -119,6 +119,8 @@ class FASCalibrationTrainer(FASTrainer):
         loss_settings: Further keyword arguments of [`training.calibration.calibration_loss`].
     """
 
+    loss_is_scaled_for_ga = True
+
     def __init__(
         self,
         model: Any,
@@ -138,19 +140,16 @@ class FASCalibrationTrainer(FASTrainer):
         super().__init__(model, args, **kwargs)
         self.loss_settings = loss_settings or {}
 
-    @property
-    def _training(self) -> bool:
-        return bool(self.model is not None and self.model.training)
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
-        """Rows and tokens of the whole accumulated batch, over all processes: the means of the loss are over them."""
-        if not self._training:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        counts = torch.stack([_counts(batch) for batch in batch_samples]).sum(0).to(device)
-        return self.accelerator.reduce(counts, "sum")
+    def get_batch_samples(self, *args, **kwargs):
+        """Add rows and tokens of the whole accumulated batch, over all processes: what the loss is a mean over."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        if not batches:
+            return batches, None
+        counts = torch.stack([_counts(batch) for batch in batches]).sum(0).to(self.args.device)
+        return batches, self.accelerator.reduce(counts, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self._training:
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         counts = _counts(inputs) if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
         result = calibration_loss(model, inputs, num_rows=counts[0], num_tokens=counts[1], **self.loss_settings)
