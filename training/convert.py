@@ -107,7 +107,8 @@ def plan(recipe: dict[str, Any], flags: dict[str, Any], output_dir: Path) -> lis
     if unknown:
         raise ValueError(f"`--steps` must be among {', '.join(recipe['steps'])}, got {', '.join(unknown)}.")
     steps = []
-    model = flags.pop("model_name_or_path", None)
+    shared = dict(recipe.get("shared") or {})
+    model = flags.pop("model_name_or_path", shared.pop("model_name_or_path", None))
     for name in names:
         own = dict(recipe["steps"][name])
         script = own.pop("script", None)
@@ -117,10 +118,10 @@ def plan(recipe: dict[str, Any], flags: dict[str, Any], output_dir: Path) -> lis
         general = {key: value for key, value in flags.items() if "." not in key}
         general = {key: value for key, value in general.items() if not (corpus and key in TASK_FLAGS)}
         special = {key.partition(".")[2]: value for key, value in flags.items() if key.partition(".")[0] == name}
-        settings = {"do_train": True, "do_eval": True, **recipe.get("shared", {}), **own, **general, **special}
-        if model is not None and "model_name_or_path" not in special:
+        settings = {"do_train": True, "do_eval": True, **shared, **own, **general, **special}
+        if model is not None and "model_name_or_path" not in {**own, **special}:
             settings["model_name_or_path"] = model
-        if settings.get("stage") == "baseline":
+        if settings.get("stage") == "baseline" or str(settings["do_eval"]).lower() == "false":
             settings.pop("T", None)
         settings["output_dir"] = str(output_dir / name)
         model = settings["output_dir"]
