@@ -1,8 +1,9 @@
 """`generate()` in every mode: with a cache and without, tokens and logits are equal."""
 
 import pytest
-import tiny
 import torch
+
+import tiny
 
 
 STRATEGIES = {
