@@ -10,8 +10,6 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
-
-ROOT = Path(__file__).resolve().parent.parent
 import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer, DataCollatorWithPadding
@@ -24,6 +22,7 @@ from training.tasks import encode, find_task
 from training.trainers import FASCalibrationTrainer, FASTrainer
 
 
+ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 SPLITS = ((1, 8), (2, 4), (8, 1))
 

@@ -77,8 +77,8 @@ def task_lines() -> dict[str, str]:
 SENTENCEPIECE = {
     "sentencepiece-full": f"""run_clm --stage full --config_name {{gpt2}} --tokenizer_name {{out}}/spiece.model
         --config_overrides n_layer=2,n_embd=128 --dataset_name {{prose}} --streaming --block_size 64 --do_train
-        --do_eval --T 4 --max_eval_samples 40 --per_device_train_batch_size 16 --learning_rate 1e-3 --max_steps {{steps}}
-        --output_dir {{out}}/sentencepiece {QUIET}"""
+        --do_eval --T 4 --max_eval_samples 40 --per_device_train_batch_size 16 --learning_rate 1e-3
+        --max_steps {{steps}} --output_dir {{out}}/sentencepiece {QUIET}"""
 }
 
 

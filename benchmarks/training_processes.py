@@ -16,13 +16,12 @@ import tempfile
 import time
 from pathlib import Path
 
-
-ROOT = Path(__file__).resolve().parent.parent
 from tests.training_helpers import save_bert, save_gpt2, tensors, write_corpus, write_reviews
 from training.checkpoints import checkpoints, is_complete
 from training.results import markdown_table, write_results
 
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "training"
 TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m"]
 FLAGS = ["--do_train", "--learning_rate=1e-3", "--report_to=none", "--disable_tqdm=true", "--use_cpu"]
