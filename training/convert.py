@@ -19,10 +19,10 @@ from configuration_fas import FASConfig
 from .arguments import read_yaml, to_flags
 from .checkpoints import remove_checkpoints
 from .results import markdown_table, read_results, write_json, write_results
-from .runner import RESULTS_FILE
+from .runner import RESULTS_FILE, show_messages
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("training.convert")
 
 RECIPES = Path(__file__).parent / "recipes"
 SCRIPTS = ("run_clm", "run_mlm", "run_glue")
@@ -163,5 +163,5 @@ def run_step(name: str, script: str, settings: dict[str, Any], launcher: list[st
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    show_messages()
     main()

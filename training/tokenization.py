@@ -41,7 +41,7 @@ def load_tokenizer(model: ModelArguments, backbone: str) -> PreTrainedTokenizerB
 def sentencepiece_tokenizer(path: Path, backbone: str) -> PreTrainedTokenizerBase:
     """Wrap a SentencePiece model in a class that `AutoTokenizer` loads again, with exactly its token ids."""
     import sentencepiece
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+    from sentencepiece import sentencepiece_model_pb2
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
 
@@ -65,9 +65,10 @@ def sentencepiece_tokenizer(path: Path, backbone: str) -> PreTrainedTokenizerBas
                 "user_defined_symbols=[CLS],[SEP],[MASK] and pad_id=0."
             )
         tokenizer = BigBirdTokenizer.from_pretrained(str(path.parent), vocab_file=str(path), **tokens)
-    kind = ModelProto.FromString(pieces.serialized_model_proto()).trainer_spec.model_type
+    protocol: Any = sentencepiece_model_pb2
+    kind = protocol.ModelProto.FromString(pieces.serialized_model_proto()).trainer_spec.model_type
     reproduced = tokenizer(_PROBE, add_special_tokens=False).input_ids == pieces.encode(_PROBE)
-    if not reproduced or (backbone == "bert" and kind != TrainerSpec.UNIGRAM):
+    if not reproduced or (backbone == "bert" and kind != protocol.TrainerSpec.UNIGRAM):
         raise ValueError(
             f"`--tokenizer_name` must be a SentencePiece model of type unigram for a {backbone} backbone, got "
             f"{str(path)!r}, whose tokens transformers cannot reproduce."
