@@ -137,7 +137,8 @@ def test_calibration_is_refused_without_fine_thresholds(tmp_path):
         FASCalibrationTrainer(build("glue"), arguments(tmp_path))
 
 
-KINDS = ["clm", "glue", "mlm", "calibrate-glue", "calibrate-clm"]
+KINDS = ["glue", "mlm", "calibrate-glue"]
+KINDS += [pytest.param(kind, marks=pytest.mark.slow) for kind in ("clm", "calibrate-clm")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
