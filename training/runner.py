@@ -170,8 +170,10 @@ def train_and_evaluate(
     summary: dict[str, Any] = {}
     if args.do_train:
         checkpoint = checkpoint_to_resume(args)
-        if checkpoint is None and args.overwrite_output_dir and args.should_save:
-            remove_checkpoints(output_dir)
+        if args.should_save:
+            (output_dir / RESULTS_FILE).unlink(missing_ok=True)
+            if checkpoint is None and args.overwrite_output_dir:
+                remove_checkpoints(output_dir)
         trainer.accelerator.wait_for_everyone()
         summary = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_state()
