@@ -177,10 +177,10 @@ class FASTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        resume: Any = self.resume_from_checkpoint
-        if isinstance(resume, str) and resume.lower() in ("true", "false"):
-            resume = resume.lower() == "true"
-        self.resume_from_checkpoint = resume
+        for name in ("resume_from_checkpoint", "fsdp"):  # a path or options, or whether at all
+            value = getattr(self, name)
+            if isinstance(value, str) and value.lower() in ("true", "false"):
+                setattr(self, name, value.lower() == "true")
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
         self.dataloader_pin_memory &= torch.cuda.is_available()
