@@ -36,8 +36,8 @@ SECTIONS = (
         "processes",
         "killed",
         "Killed runs",
-        "Killed by SIGKILL at a random moment after the first checkpoint, resumed, and compared with the uninterrupted "
-        "run: largest absolute differences. `found` lists the checkpoints and whether they were complete.",
+        "Killed by SIGKILL at a random moment after the first checkpoint, resumed, compared with the uninterrupted run: "
+        "largest absolute differences. `found` lists the checkpoints and whether they were complete.",
     ),
     (
         "accumulation",
