@@ -36,7 +36,7 @@ SECTIONS = (
         "processes",
         "killed",
         "Killed runs",
-        "Killed by SIGKILL at a random moment after the first checkpoint, resumed, compared with the uninterrupted run: "
+        "Killed by SIGKILL at a random moment after a checkpoint, resumed, compared with the uninterrupted one: "
         "largest absolute differences. `found` lists the checkpoints and whether they were complete.",
     ),
     (
