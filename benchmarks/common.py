@@ -22,10 +22,11 @@ CLASSES = {
 VOCABULARY = 30000
 
 
-def arguments(description: str, rounds: int = 3) -> argparse.Namespace:
-    """Command line of a benchmark; sets one CPU thread."""
+def arguments(description: str, rounds: int = 3, batch: tuple[int, ...] = (1,)) -> argparse.Namespace:
+    """Command line of a benchmark, with its defaults; sets one CPU thread."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds; medians are over them")
+    parser.add_argument("--batch", type=int, nargs="+", default=list(batch))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON results")

@@ -28,7 +28,7 @@ class Decoder:
 @torch.inference_mode()
 def main() -> None:
     args = arguments(__doc__, rounds=1)
-    ids = token_ids(1, PROMPT, args)
+    ids = token_ids(args.batch[0], PROMPT, args)
     models = {
         "stock": stock("gpt2", args),
         "stepwise": fas("gpt2", args, T=T, schedule="stepwise"),

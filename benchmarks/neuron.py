@@ -3,8 +3,8 @@
 import torch
 
 import modeling_fas
-from benchmarks import naive
 from benchmarks.common import arguments, interleave, peak_bytes, ratio, report
+from tests import naive
 
 
 SHAPE = (8, 8, 128, 3072)
@@ -22,7 +22,7 @@ def main() -> None:
         return torch.autograd.grad(function(x, threshold, potential, SHAPE[0]), (x, threshold, potential), upstream)
 
     functions = {
-        "loop": lambda: run(naive.integrate_and_fire),
+        "loop": lambda: run(naive.fire),
         "ours": lambda: run(modeling_fas.integrate_and_fire),
     }
     peaks = {name: peak_bytes(function, args.device) for name, function in functions.items()}

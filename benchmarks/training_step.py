@@ -14,20 +14,21 @@ def step(model: torch.nn.Module, ids: torch.Tensor) -> None:
 
 
 def main() -> None:
-    args = arguments(__doc__)
+    args = arguments(__doc__, batch=(2,))
     rows, samples = [], {}
     for kind, title in TITLES.items():
-        ids = token_ids(2 if args.device == "cpu" else 32, 128, args)
         models = {"gelu": stock(kind, args), "qcfs": fas(kind, args, T=0)}
-        functions = {name: partial(step, model.train(), ids) for name, model in models.items()}
-        peaks = {name: peak_bytes(function, args.device) for name, function in functions.items()}
-        times = interleave(functions, args, warmup=0)
-        samples[kind] = {"times": times, "peak_bytes": peaks}
-        case = f"{title}, batch {len(ids)}, training step, QCFS over GELU"
-        rows += [
-            {"measure": f"{case}: time", "target": 1.10, "got": ratio(times, "qcfs", "gelu")},
-            {"measure": f"{case}: peak memory", "target": 1.05, "got": peaks["qcfs"] / peaks["gelu"]},
-        ]
+        for batch in args.batch:
+            ids = token_ids(batch, 128, args)
+            functions = {name: partial(step, model.train(), ids) for name, model in models.items()}
+            peaks = {name: peak_bytes(function, args.device) for name, function in functions.items()}
+            times = interleave(functions, args, warmup=0)
+            case = f"{title}, batch {batch}, training step, QCFS over GELU"
+            rows += [
+                {"measure": f"{case}: time", "target": 1.10, "got": ratio(times, "qcfs", "gelu")},
+                {"measure": f"{case}: peak memory", "target": 1.05, "got": peaks["qcfs"] / peaks["gelu"]},
+            ]
+            samples[f"{kind}, batch {batch}"] = {"times": times, "peak_bytes": peaks}
     report("training_step", rows, args, samples=samples)
 
 

@@ -1,10 +1,10 @@
 """The fast neurons against a plain loop with ordinary autograd: equal spikes, equal gradients."""
 
+import naive
 import pytest
 import torch
 
 import modeling_fas
-from benchmarks.naive import integrate_and_fire as plain_integrate_and_fire
 from modeling_fas import integrate_and_fire, qcfs, spike_rate
 
 
@@ -22,6 +22,11 @@ class PlainFloor(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad
+
+
+def plain_integrate_and_fire(x, threshold, initial_potential, T):
+    state = torch.promote_types(x.dtype, torch.float32)
+    return naive.fire(x.to(state), threshold.to(state), initial_potential.to(state), T).to(x.dtype)
 
 
 def plain_qcfs(x, threshold, levels):
@@ -54,8 +59,8 @@ def gradients(output, arguments, seed=1):
 
 
 def assert_gradients_close(actual, expected, dtype):
-    """Sums of some hundred terms: a few units in the last place of the largest term they hold."""
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    """Sums of up to a thousand terms of either sign, in another order; float64 shows that the formulas are the same."""
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
