@@ -72,7 +72,8 @@ def _blocks(like: torch.Tensor, *others: torch.Tensor | None):
     rows = max(1, BLOCK_SIZE * like.shape[-2] // like.numel())
     count = -(-like.shape[-2] // rows)
     split = [
-        (t,) * count if t is None or t.dim() < 2 or t.shape[-2] == 1 else t.split(rows, dim=-2) for t in (like, *others)
+        each.split(rows, dim=-2) if each is not None and each.dim() > 1 and each.shape[-2] > 1 else (each,) * count
+        for each in (like, *others)
     ]
     return zip(*split, strict=True)
 
@@ -96,7 +97,7 @@ def _spike_count(z: torch.Tensor, initial_potential: torch.Tensor | None, T: int
 
 
 class _SpikeRate(torch.autograd.Function):
-    """Threshold times the firing rate under constant input, with the straight-through gradient; keeps the input only."""
+    """Threshold times the rate under constant input, with the straight-through gradient; keeps the input only."""
 
     @staticmethod
     def forward(ctx, x, threshold, initial_potential, T):

@@ -64,7 +64,9 @@ def timed(function: Callable[[], object], device: str) -> dict[str, float]:
     return {"seconds": time.process_time() - cpu if device == "cpu" else wall, "wall_seconds": wall}
 
 
-def interleave(functions: Mapping[str, Callable[[], object]], args: argparse.Namespace, warmup: int = 1) -> dict[str, dict]:
+def interleave(
+    functions: Mapping[str, Callable[[], object]], args: argparse.Namespace, warmup: int = 1
+) -> dict[str, dict]:
     """Run all functions in turn, `--rounds` times after `warmup` rounds that do not count; medians and all samples."""
     samples: dict[str, list] = {name: [] for name in functions}
     for turn in range(args.rounds + warmup):

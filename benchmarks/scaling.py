@@ -33,10 +33,12 @@ def main() -> None:
     args = arguments(__doc__, rounds=2)
     plain, model = stock("gpt2", args), fas("gpt2", args, schedule="stepwise")
 
+    model.config.use_cache = plain.config.use_cache = False
+
     def functions(length: int, steps: tuple[int, ...]) -> dict:
         ids = token_ids(1, length, args)
-        spiking = {f"T = {T}": lambda T=T: model.set_timesteps(T)(ids, use_cache=False) for T in steps}
-        return {"stock": lambda: plain(ids, use_cache=False)} | spiking
+        spiking = {f"T = {T}": lambda T=T: model.set_timesteps(T)(ids) for T in steps}
+        return {"stock": lambda: plain(ids)} | spiking
 
     times = {length: interleave(functions(length, STEPS if length == 128 else (4,)), args) for length in LENGTHS}
     over_T = [ratio(times[128], f"T = {T}", "stock") for T in STEPS]

@@ -1,10 +1,10 @@
 """The fast neurons against a plain loop with ordinary autograd: equal spikes, equal gradients."""
 
-import naive
 import pytest
 import torch
 
 import modeling_fas
+import naive
 from modeling_fas import integrate_and_fire, qcfs, spike_rate
 
 
@@ -59,7 +59,7 @@ def gradients(output, arguments, seed=1):
 
 
 def assert_gradients_close(actual, expected, dtype):
-    """Sums of up to a thousand terms of either sign, in another order; float64 shows that the formulas are the same."""
+    """Sums of up to a thousand terms of either sign, in another order; float64 shows the formulas to be the same."""
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
@@ -150,7 +150,9 @@ def test_any_shape_of_input(shape, block_size):
     assert torch.equal(ours, plain)
     assert_gradients_close(gradients(ours, arguments), gradients(plain, arguments), torch.float64)
     assert_gradients_close(
-        gradients(qcfs(x, threshold, L), [x, threshold]), gradients(plain_qcfs(x, threshold, L), [x, threshold]), x.dtype
+        gradients(qcfs(x, threshold, L), [x, threshold]),
+        gradients(plain_qcfs(x, threshold, L), [x, threshold]),
+        x.dtype,
     )
 
 
