@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
@@ -65,10 +66,10 @@ def timed(function: Callable[[], object], device: str) -> dict[str, float]:
 
 
 def interleave(
-    functions: Mapping[str, Callable[[], object]], args: argparse.Namespace, warmup: int = 1
-) -> dict[str, dict]:
+    functions: Mapping[Any, Callable[[], object]], args: argparse.Namespace, warmup: int = 1
+) -> dict[Any, dict]:
     """Run all functions in turn, `--rounds` times after `warmup` rounds that do not count; medians and all samples."""
-    samples: dict[str, list] = {name: [] for name in functions}
+    samples: dict[Any, list] = {name: [] for name in functions}
     for turn in range(args.rounds + warmup):
         for name, function in functions.items():
             seconds = timed(function, args.device)
@@ -80,7 +81,7 @@ def interleave(
     }
 
 
-def ratio(times: Mapping[str, dict], name: str, base: str) -> float:
+def ratio(times: Mapping, name: str | int, base: str | int) -> float:
     """Median of the ratios of the rounds: what disturbed a round disturbed both of its parts."""
     pairs = zip(times[name]["samples"], times[base]["samples"], strict=True)
     return statistics.median(each["seconds"] / other["seconds"] for each, other in pairs)

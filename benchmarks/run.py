@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 
-SCRIPTS = ("neuron", "layerwise", "decoding", "training_step", "stepwise", "scaling")
+SCRIPTS = ("neuron", "products", "layerwise", "decoding", "training_step", "stepwise", "scaling")
 
 
 def main() -> None:
