@@ -203,7 +203,7 @@ def train_and_evaluate(
     return rows
 
 
-def _end(trainer: Trainer) -> None:
+def _end(trainer: Any) -> None:
     """Leave the process group, in an order that cannot hang.
 
     The wrapper of the model must go before the group does: destroyed by the wrapper, which holds Python's lock, gloo
