@@ -242,6 +242,9 @@ def test_convert_runs_all_steps_skips_finished_ones_and_refuses_changed_ones(inp
     shutil.rmtree(tmp_path / "out" / "qcfs")
     assert len(convert.main(argv)) == len(rows)
     assert len(calls) == 1
+    shutil.rmtree(tmp_path / "out" / "gelu")
+    with pytest.raises(ValueError, match="must not hold step 'qcfs' from an earlier model"):
+        convert.main(argv)
     with pytest.raises(ValueError, match=r"step 'gelu' with other settings, .* where learning_rate differ"):
         convert.main([*argv, "--gelu.learning_rate", "1e-4"])
 

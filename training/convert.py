@@ -17,7 +17,7 @@ from typing import Any
 from configuration_fas import FASConfig
 
 from .arguments import read_yaml, to_flags
-from .checkpoints import remove_checkpoints
+from .checkpoints import checkpoints, remove_checkpoints
 from .results import markdown_table, read_results, write_json, write_results
 from .runner import RESULTS_FILE, show_messages
 
@@ -40,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     recipe, flags = read_recipe(given)
     output_dir = Path(flags.pop("output_dir", recipe.get("output_dir", "")))
     steps = plan(recipe, flags, output_dir)
-    rows = []
+    rows, ran = [], False
     for name, script, settings in steps:
-        folder = Path(settings["output_dir"])
-        run_step(name, script, settings, recipe.get("launcher"))
-        rows += [{"step": name, **row} for row in read_results(folder / RESULTS_FILE)["metrics"]]
+        ran |= run_step(name, script, settings, recipe.get("launcher"), start_changed=ran)
+        found = read_results(Path(settings["output_dir"]) / RESULTS_FILE)["metrics"]
+        rows += [{"step": name, **row} for row in found]
     configuration = {name: {"script": script, **settings} for name, script, settings in steps}
     command = ["python", "-m", "training.convert", *given]
     write_results(output_dir / SUMMARY_FILE, metrics=rows, configuration=configuration, command=command)
@@ -129,11 +129,13 @@ def plan(recipe: dict[str, Any], flags: dict[str, Any], output_dir: Path) -> lis
     return steps
 
 
-def run_step(name: str, script: str, settings: dict[str, Any], launcher: list[str] | None) -> None:
-    """Run a step unless it is finished.
+def run_step(
+    name: str, script: str, settings: dict[str, Any], launcher: list[str] | None, *, start_changed: bool = False
+) -> bool:
+    """Run a step unless it is finished; returns whether it ran.
 
     Raises:
-        ValueError: if its folder holds a step with other settings.
+        ValueError: if its folder holds a step with other settings, or from a model that was made anew since.
     """
     folder = Path(settings["output_dir"])
     mark = folder / STEP_FILE
@@ -143,14 +145,19 @@ def run_step(name: str, script: str, settings: dict[str, Any], launcher: list[st
         for key in found["settings"].keys() | settings.keys()
         if str(found["settings"].get(key)) != str(settings.get(key))
     )
-    if changed:
+    if changed and (found["finished"] or checkpoints(folder)):
         raise ValueError(
             f"`--output_dir` must not hold step {name!r} with other settings, got {str(folder)!r}, where "
             f"{', '.join(changed)} differ. Remove that folder, or choose another --output_dir."
         )
+    if found["finished"] and start_changed:
+        raise ValueError(
+            f"`--output_dir` must not hold step {name!r} from an earlier model, got {str(folder)!r}, while the step "
+            "before it was run anew. Remove that folder."
+        )
     if found["finished"]:
         logger.info("Step %s is finished: skipped.", name)
-        return
+        return False
     logger.info("Step %s: %s", name, script)
     write_json(mark, {"settings": settings, "finished": False})
     flags = to_flags({**settings, "resume_from_checkpoint": True})
@@ -160,6 +167,7 @@ def run_step(name: str, script: str, settings: dict[str, Any], launcher: list[st
         importlib.import_module(f"training.{script}").main(flags)
     write_json(mark, {"settings": settings, "finished": True})
     remove_checkpoints(folder)
+    return True
 
 
 if __name__ == "__main__":
