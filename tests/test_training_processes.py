@@ -7,13 +7,11 @@ import pytest
 from datasets import ClassLabel, Dataset
 
 from benchmarks import training_processes as processes
-from training import demo, run_glue
+from training import demo, run_clm, run_glue
 from training.results import read_results
 from training.tasks import GLUE_COLUMNS
 from training_helpers import is_good, save_bert, save_gpt2, sentences, write_corpus, write_reviews
 
-
-pytestmark = pytest.mark.slow
 
 METRICS = {"cola": {"matthews_correlation"}, "stsb": {"pearson", "spearmanr"}}
 METRICS |= dict.fromkeys(("mrpc", "qqp"), frozenset({"accuracy", "f1"}))
@@ -30,10 +28,11 @@ def inputs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("backbone", ["bert", "gpt2"])
+@pytest.mark.parametrize("backbone", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_two_processes_equal_one_with_the_same_global_batch(backbone, inputs, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    processes.run([sys.executable, "-m"], processes.command(backbone, "downstream", inputs, one, 8, 20))
+    script = {"bert": run_glue, "gpt2": run_clm}[backbone]
+    script.main(processes.command(backbone, "downstream", inputs, one, 8, 20)[1:])
     processes.run(processes.TORCHRUN, processes.command(backbone, "downstream", inputs, two, 4, 20))
     assert read_results(two / "evaluation.json")["configuration"]["training"]["ddp_find_unused_parameters"] is False
     found = processes.difference(one, two)
@@ -41,6 +40,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(backbone, inputs, tm
     assert found["weights"] < 1e-4
 
 
+@pytest.mark.slow
 def test_a_run_killed_by_sigkill_resumes_bit_for_bit(inputs, tmp_path):
     save_bert(inputs / "dropout", dropout=0.1)
     arguments = processes.command("dropout", "downstream", inputs, tmp_path / "whole", 8, 40)
@@ -51,6 +51,7 @@ def test_a_run_killed_by_sigkill_resumes_bit_for_bit(inputs, tmp_path):
     assert found["thresholds"] == found["weights"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GLUE_COLUMNS)
 def test_every_task_runs_through_downstream_and_calibrate(name, inputs, tmp_path):
     columns = {column: sentences(32, seed=i) for i, column in enumerate(GLUE_COLUMNS[name])}
@@ -77,6 +78,7 @@ def test_every_task_runs_through_downstream_and_calibrate(name, inputs, tmp_path
             assert measured == METRICS.get(name, {"accuracy"})
 
 
+@pytest.mark.slow
 def test_the_demo_runs_on_any_model_and_data_and_loads_what_it_saved(inputs, tmp_path, capsys):
     flags = f"--model_name_or_path {inputs}/bert --train_file {inputs}/train.json --validation_file {inputs}/test.json"
     demo.main([*flags.split(), "--output_dir", str(tmp_path / "demo"), "--max_steps", "4", "--use_cpu"])
