@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+
 PACKAGES = ("fas", "torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "scipy")
 
 
