@@ -1,6 +1,5 @@
 """Tiny checkpoint folders for the tests of publishing: random weights, a tokenizer, made-up results."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ def tiny_config(kind: str, **settings):
         stock = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
         stock |= {"max_position_embeddings": 32}
     backbone = "gpt2" if kind.startswith("gpt2") else "bert"
-    return FASConfig(backbone=backbone, vocab_size=64, **(stock | {"L": 8, "initial_threshold": 0.5} | settings))
+    return FASConfig(backbone=backbone, **(stock | {"vocab_size": 64, "L": 8, "initial_threshold": 0.5} | settings))
 
 
 def tiny_model(kind: str, seed: int = 0, calibrated: bool = True, **settings):
@@ -101,7 +100,3 @@ def tiny_checkpoint(folder: Path, kind: str, results: bool = True, seed: int = 0
     if results:
         tiny_results(folder, kind)
     return model
-
-
-def weights_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())

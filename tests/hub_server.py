@@ -1,6 +1,7 @@
 """A small server of the Hub's HTTP interface, for the tests: repositories in memory, tokens, commits, and faults.
 
-It shows how the real client was read and proves nothing about the real Hub. `python tests/hub_server.py PORT` runs one.
+It shows how the real client was read, and proves nothing about the real Hub. `python tests/hub_server.py PORT` starts
+one by hand.
 """
 
 import base64
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
@@ -174,9 +176,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.refused(write):
             return None
         if repository is None or (repository.private and not self.token()):
-            self.reply(
-                404 if self.token() else 401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
-            )
+            status = 404 if self.token() else 401
+            self.reply(status, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
             return None
         return repository
 
@@ -290,12 +291,10 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, repo_id, revision, folder=None):
         if found := self.revision(repo_id, revision):
             prefix = f"{folder.strip('/')}/" if folder else ""
-            chosen = {name: data for name, data in found[1].items() if name.startswith(prefix)}
+            chosen = [(name, data) for name, data in found[1].items() if name.startswith(prefix)]
             if prefix and not chosen:
                 return self.reply(404, {"error": f"{folder} does not exist"}, {"X-Error-Code": "EntryNotFound"})
-            self.reply(
-                200, [{"type": "file", "path": n, "size": len(d), "oid": _oid(n, d)} for n, d in chosen.items()]
-            )
+            self.reply(200, [{"type": "file", "path": n, "size": len(d), "oid": _oid(n, d)} for n, d in chosen])
 
     def refs(self, repo_id):
         if repository := self.repository(repo_id):
@@ -365,7 +364,8 @@ def local_client(server: HubServer, monkeypatch) -> Iterator[None]:
     """Let the client of this process talk to the server, without a wait before it tries again."""
     for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "ENDPOINT": server.url}.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hasty = SimpleNamespace(**(vars(time) | {"sleep": lambda seconds: None}))
+    monkeypatch.setattr("huggingface_hub.utils._http.time", hasty)
     huggingface_hub.close_session()
     try:
         yield
