@@ -411,7 +411,15 @@ class _FASMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         if kwargs.setdefault("use_safetensors", True) is False:
             raise ValueError("`use_safetensors` must be True: pickled weights can run code and are not read.")
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":  # safetensors itself may not be imported here
+                raise
+            raise OSError(
+                f"The weights (`model.safetensors`) of {str(pretrained_model_name_or_path)!r} are truncated or damaged: "
+                f"{error}. Download or save them again."
+            ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, parameter in model.named_parameters():
             if name.endswith(("threshold", "initial_potential")) and not parameter.is_meta:
