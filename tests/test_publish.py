@@ -39,7 +39,7 @@ def folder(checkpoint, tmp_path):
 def staged(checkpoint, tmp_path):
     """What is uploaded of the checkpoint."""
     stage(checkpoint, tmp_path / "staged")
-    write_card(tmp_path / "staged", REPO, CardOptions(license="mit"))
+    write_card(checkpoint, REPO, CardOptions(license="mit"), tmp_path / "staged" / "README.md")
     return tmp_path / "staged"
 
 
@@ -51,7 +51,7 @@ def hub(monkeypatch):
 
 def push(hub, staged, repo_id=REPO, token=WRITE_TOKEN, revision="main"):
     api = HfApi(endpoint=hub.url, token=token)
-    return upload(staged, repo_id, None, revision, CardOptions(license="mit"), "Publish", api)
+    return upload(staged, staged, repo_id, None, revision, CardOptions(license="mit"), "Publish", api)
 
 
 # What is staged

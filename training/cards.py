@@ -26,24 +26,27 @@ PIPELINES = {
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
 }
+# Where a report of `training.evaluate` belongs, inside the checkpoint folder.
+REPORT = "report/results.json"
 # Columns of a row of results that are no measure of quality.
-NO_METRIC = {"mode", "T", "schedule", "split", "seconds", "epoch", "loss", "samples", "tokens"}
-COST = ("spike_rate", "energy_ratio", "energy_pj", "effective_macs", "effective_acs", "latency")
+NO_METRIC = {"mode", "T", "schedule", "split", "loss", "examples", "seconds", "epoch", "num_input_tokens_seen"}
+COST = ("spike_rate", "energy_ratio")
+MODES = {"qcfs": "quantised ANN", "fas": "spiking", "stock": "stock model"}
 METRIC_NAMES = {
     "f1": "F1",
     "matthews_correlation": "Matthews correlation",
     "pearson": "Pearson correlation",
     "spearmanr": "Spearman correlation",
 }
-RECORDED = (
-    ("per_device_train_batch_size", "batch"),
-    ("gradient_accumulation_steps", "accumulation"),
-    ("num_train_epochs", "epochs"),
-    ("max_steps", "steps"),
-    ("learning_rate", "learning rate"),
-    ("threshold_learning_rate", "threshold learning rate"),
-    ("seed", "seed"),
-)
+RECORDED = {
+    "per_device_train_batch_size": "batch",
+    "gradient_accumulation_steps": "accumulation",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "learning_rate": "learning rate",
+    "threshold_learning_rate": "threshold learning rate",
+    "seed": "seed",
+}
 SETTINGS = ("L", "T", "schedule", "calib_T", "granularity", "initial_threshold", "fas_version", "transformers_version")
 
 
@@ -58,35 +61,48 @@ class CardOptions:
 
 @dataclass
 class Record:
-    """A results file of a checkpoint."""
+    """A results file of a checkpoint, as the training scripts or `training.evaluate` write it."""
 
     file: str
     content: dict[str, Any]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Its measurements at one T and schedule each."""
-        metrics = self.content.get("metrics")
-        if isinstance(metrics, Mapping):
-            metrics = metrics.get("rows")
-        return [row for row in metrics or [] if isinstance(row, Mapping) and "T" in row]  # type: ignore[misc]
+        """Its measurements at one T and schedule each: `mode`, `T`, `schedule`, metrics, spike rate, energy ratio."""
+        metrics = self.content["metrics"]
+        rows = metrics.get("rows", []) if isinstance(metrics, Mapping) else metrics
+        return [_flat(row) for row in rows if "T" in row]
 
     def setting(self, part: str, name: str) -> Any:
         """One setting of the run, or None."""
-        return ((self.content.get("configuration") or {}).get(part) or {}).get(name)
+        settings = self.content["configuration"].get(part)
+        return settings.get(name) if isinstance(settings, Mapping) else None
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    mode = row.get("mode", row.get("model"))
+    found = {"mode": MODES.get(mode, mode), "T": row["T"], "schedule": row.get("schedule")}
+    if "quality" not in row:
+        return found | {key: value for key, value in row.items() if key not in found}
+    found |= {key: value for key, value in row["quality"].items() if key != "examples"}
+    if row.get("agreement") is not None:
+        found["agreement"] = row["agreement"]
+    ratio = row.get("energy", {}).get("ratio")
+    return found | {"spike_rate": row.get("spike_rate"), "energy_ratio": ratio}
 
 
 def read_records(folder: Path) -> list[Record]:
-    """The results files of a folder: JSON objects with `metrics` and `configuration`."""
+    """The results files of a folder: JSON objects with `metrics` and `configuration`; a report comes first."""
     records = []
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and {"metrics", "configuration"} <= content.keys():
-            records.append(Record(path.name, content))
+    for path in [folder / REPORT, *sorted(folder.glob("*.json"))]:
+        if path.is_file():
+            content = read_results(path)
+            if isinstance(content, dict) and {"metrics", "configuration"} <= content.keys():
+                records.append(Record(path.relative_to(folder).as_posix(), content))
     return records
 
 
-def lineage(folder: Path) -> Iterator[Record]:
+def lineage(folder: Path) -> Iterator[tuple[Path, Record]]:
     """The training record of a folder and of those it started from, newest first, as far as they are on this disk."""
     seen = set()
     while folder.is_dir() and folder.resolve() not in seen:
@@ -94,32 +110,35 @@ def lineage(folder: Path) -> Iterator[Record]:
         record = next((each for each in read_records(folder) if each.setting("training", "seed") is not None), None)
         if record is None:
             return
-        yield record
-        folder = Path(record.setting("model", "model_name_or_path") or "")
+        yield folder, record
+        base = Path(record.setting("model", "model_name_or_path") or "")
+        folder = base if base.is_dir() else folder.parent / base.name
 
 
-def write_card(folder: str | os.PathLike, repo_id: str, options: CardOptions, pinned: str | None = None) -> ModelCard:
-    """Write the `README.md` of a checkpoint folder.
+def write_card(
+    folder: str | os.PathLike, repo_id: str, options: CardOptions, target: Path, pinned: str | None = None
+) -> None:
+    """Write the `README.md` of a checkpoint.
 
     Args:
-        folder: With `config.json` and results files.
+        folder: The checkpoint, with `config.json` and results files.
         repo_id: Where it is to be published.
         options: What no results file knows.
+        target: File to write.
         pinned: Commit that the snippet names, once there is one.
     """
-    card = build_card(Path(folder), repo_id, options, pinned)
-    card.save(Path(folder) / "README.md")
-    return card
+    build_card(Path(folder), repo_id, options, pinned).save(target)
 
 
 def build_card(folder: Path, repo_id: str, options: CardOptions, pinned: str | None = None) -> ModelCard:
     """The card of a checkpoint folder; see [`write_card`]."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    records, history = read_records(folder), list(lineage(folder))
+    history = [record for _, record in lineage(folder)]
+    measured = next((record for record in read_records(folder) if record.rows), None)
+    rows = measured.rows if measured else []
     auto_class = auto_class_name(config)
     backbone = "GPT-2" if config["model_type"] == "fas_gpt2" else "BERT"
-    data = card_data(repo_id, config, records, history, options)
-    rows = [(record, row) for record in records for row in record.rows]
+    data = card_data(repo_id, config, rows, history, options)
     position = config.get("granularity") == "position" and config.get("calib_T")
     limit = config["calib_length"] if position else config.get("n_positions") or config["max_position_embeddings"]
     return ModelCard.from_template(
@@ -138,9 +157,9 @@ def build_card(folder: Path, repo_id: str, options: CardOptions, pinned: str | N
         spikes=_what_spikes(backbone, auto_class),
         head={"GPT-2": "the language modelling head", "BERT": "the output layer"}[backbone],
         quality=_quality_table(rows),
-        metrics_note=_sources(records),
+        source=measured.file if measured else "",
         cost=_cost_table(rows),
-        energy=_energy_constants(records) if any(row.get("energy_ratio") for _, row in rows) else "",
+        energy=_energy_constants(measured) if any(row.get("energy_ratio") for row in rows) else "",
         calibration=_calibration(config, folder),
         record=_record_tables(history),
         settings=_settings(config),
@@ -149,19 +168,18 @@ def build_card(folder: Path, repo_id: str, options: CardOptions, pinned: str | N
 
 
 def card_data(
-    repo_id: str, config: Mapping[str, Any], records: list[Record], history: list[Record], options: CardOptions
+    repo_id: str,
+    config: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    history: list[Record],
+    options: CardOptions,
 ) -> ModelCardData:
     """The metadata of a card, with one evaluation result for each metric, T and schedule."""
     pipeline = PIPELINES[auto_class_name(dict(config))]
-    backbone = config["model_type"].removeprefix("fas_")
     base = options.base_model or _hub_name(history[-1].setting("model", "model_name_or_path") if history else None)
     datasets = dict.fromkeys(name for record in history if (name := dataset_of(record)[0]) and "/" in name)
-    results = [
-        result
-        for record in records
-        for row in record.rows
-        for result in _eval_results(record, row, pipeline, history[0] if history else record)
-    ]
+    dataset = dataset_of(history[0]) if history else (None, None, "unnamed data")
+    results = [result for row in rows for result in _eval_results(row, pipeline, *dataset)]
     return ModelCardData(
         model_name=repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
@@ -172,28 +190,36 @@ def card_data(
         base_model=base,
         base_model_relation="finetune" if base else None,
         datasets=list(datasets) or None,
-        tags=["fas", "spiking-neural-network", "ann-snn-conversion", backbone, "custom_code"],
+        tags=[
+            "fas",
+            "spiking-neural-network",
+            "ann-snn-conversion",
+            config["model_type"].removeprefix("fas_"),
+            "custom_code",
+        ],
     )
 
 
 def inherited_options(folder: Path, options: CardOptions) -> CardOptions:
     """The options, with what is missing taken from the card in the folder, then from that of its base model."""
     history = list(lineage(folder))
-    base = history[-1].setting("model", "model_name_or_path") if history else None
-    cards = [path / "README.md" for path in (folder, Path(base or "")) if path != Path()]
-    known = [ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() for path in cards if path.is_file()]
+    base = Path(history[-1][1].setting("model", "model_name_or_path") or "") if history else Path()
+    own, others = _card_of(folder), [_card_of(base)] if base != Path() else []
 
     def first(name: str) -> Any:
-        return next((data[name] for data in known if data.get(name)), None)
+        return next((data[name] for data in (own, *others) if data.get(name)), None)
 
     language = options.language or first("language")
-    # The base model named in the card of a base folder is the base of that base.
-    own = known[0] if known and cards[0].is_file() else {}
     return CardOptions(
         license=options.license or first("license"),
         language=[language] if isinstance(language, str) else language,
-        base_model=options.base_model or own.get("base_model"),
+        base_model=options.base_model or own.get("base_model"),  # the base of the base is another
     )
+
+
+def _card_of(folder: Path) -> dict[str, Any]:
+    path = folder / "README.md"
+    return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
 
 
 def dataset_of(record: Record) -> tuple[str | None, str | None, str]:
@@ -216,14 +242,17 @@ def _hub_name(name: str | None) -> str | None:
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    measured = {key: value for key, value in row.items() if isinstance(value, int | float) and key not in COST}
-    return {key: value for key, value in measured.items() if key not in NO_METRIC} or (
-        {"loss": row["loss"]} if "loss" in row else {}
-    )
+    """The measures of quality in a row; the loss only where there is nothing else."""
+    measured = {key: value for key, value in row.items() if isinstance(value, int | float)}
+    chosen = {key: value for key, value in measured.items() if key not in NO_METRIC and key not in COST}
+    return chosen or {key: measured[key] for key in ("loss",) if key in measured}
 
 
-def _eval_results(record: Record, row: Mapping[str, Any], pipeline: str, trained: Record) -> Iterator[EvalResult]:
-    dataset, dataset_config, title = dataset_of(record if record.setting("data", "task_name") else trained)
+def _eval_results(
+    row: Mapping[str, Any], pipeline: str, dataset: str | None, dataset_config: str | None, title: str
+) -> Iterator[EvalResult]:
+    if row["mode"] == MODES["stock"]:
+        return
     when = f"T = {row['T']}, {row['schedule']}" if row["T"] else "T = 0, ANN"
     for metric, value in _metrics(row).items():
         yield EvalResult(
@@ -235,42 +264,28 @@ def _eval_results(record: Record, row: Mapping[str, Any], pipeline: str, trained
             metric_type=metric,
             metric_value=value,
             metric_name=f"{METRIC_NAMES.get(metric, metric)} ({when})",
-            metric_args={"T": row["T"], "schedule": row.get("schedule")},
+            metric_args={"T": row["T"], "schedule": row["schedule"]},
         )
 
 
-def _quality_table(rows: list[tuple[Record, dict[str, Any]]]) -> str:
-    metrics = dict.fromkeys(metric for _, row in rows for metric in _metrics(row))
-    splits = {row.get("split") for _, row in rows if _metrics(row)}
-    columns = ["mode", "T", "schedule"] + (["split"] if len(splits) > 1 else [])
-    table = [{key: row.get(key) for key in (*columns, *metrics)} for _, row in rows if _metrics(row)]
-    unique = list({json.dumps(row, sort_keys=True): row for row in table}.values())
+def _quality_table(rows: list[dict[str, Any]]) -> str:
+    metrics = list(dict.fromkeys(metric for row in rows for metric in _metrics(row)))
+    split = ["split"] if len({row.get("split") for row in rows}) > 1 else []
     digits = {metric: 2 if metric == "perplexity" else 4 for metric in metrics}
-    return markdown_table(unique, [*columns, *metrics], digits) if unique else ""
+    return markdown_table(rows, ["mode", "T", "schedule", *split, *metrics], digits) if metrics else ""
 
 
-def _cost_table(rows: list[tuple[Record, dict[str, Any]]]) -> str:
-    table: dict[tuple, dict[str, Any]] = {}
-    for _, row in rows:
-        found = {key: row[key] for key in COST if row.get(key) is not None}
-        if row["T"] and found:
-            key = (row["T"], row.get("schedule"))
-            table[key] = {"T": row["T"], "schedule": row.get("schedule")} | found | table.get(key, {})
-    return markdown_table(table.values()) if table else ""
+def _cost_table(rows: list[dict[str, Any]]) -> str:
+    columns = [name for name in COST if any(row.get(name) is not None for row in rows)]
+    table = [row for row in rows if any(row.get(name) is not None for name in columns)]
+    return markdown_table(table, ["mode", "T", "schedule", *columns]) if columns else ""
 
 
-def _sources(records: list[Record]) -> str:
-    files = [f"`{record.file}`" for record in records if record.rows]
-    return f"From {' and '.join(files)} in this repository, where every figure stands in full." if files else ""
-
-
-def _energy_constants(records: list[Record]) -> str:
-    for record in records:
-        constants = (record.content.get("configuration") or {}).get("energy")
-        if isinstance(constants, Mapping):
-            named = ", ".join(f"{key} {value}" for key, value in constants.items() if isinstance(value, int | float))
-            return f"Constants in picojoule: {named}."
-    return "The constants stand in the results file."
+def _energy_constants(record: Record | None) -> str:
+    configuration = record.content["configuration"] if record else {}
+    if "mac_pj" not in configuration:
+        return "The constants stand in the results file."
+    return f"A multiply-accumulate counts {configuration['mac_pj']} pJ, an accumulate {configuration['ac_pj']} pJ."
 
 
 def _calibration(config: Mapping[str, Any], folder: Path) -> str:
@@ -278,13 +293,21 @@ def _calibration(config: Mapping[str, Any], folder: Path) -> str:
         return ""
     text = f"Calibrated for T = {config['calib_T']} at granularity `{config['granularity']}`."
     path = folder / "calibration.json"
-    if not path.is_file():
+    stages = read_results(path).get("stages") if path.is_file() else None
+    if not stages:
         return text
-    metrics = read_results(path).get("metrics")
-    sites = metrics.get("sites") if isinstance(metrics, Mapping) else metrics
-    if not isinstance(sites, list) or not all(isinstance(site, Mapping) for site in sites):
-        return f"{text} What it did stands in `calibration.json`."
-    return f"{text} By site, from `calibration.json`:\n\n{markdown_table(sites)}"
+    last = list(stages.values())[-1]
+    rows = [
+        {"site": f"`{site}`"}
+        | {f"error, {stage}": sites[site]["error"] for stage, sites in stages.items()}
+        | {"scale": last[site]["scale"], "initial potential": last[site]["initial_potential"]}
+        for site in last
+    ]
+    return (
+        f"{text} From `calibration.json`: the mean squared error of every site against the ANN after each stage, and "
+        f"the mean of its fine thresholds (over the threshold) and of its initial potentials.\n\n"
+        f"{markdown_table(rows, digits=5)}"
+    )
 
 
 def _record_tables(history: list[Record]) -> str:
@@ -294,7 +317,7 @@ def _record_tables(history: list[Record]) -> str:
     stages = []
     for record in reversed(history):
         row = {"stage": record.setting("model", "stage"), "data": dataset_of(record)[2]}
-        row |= {title: record.setting("training", name) for name, title in RECORDED}
+        row |= {title: record.setting("training", name) for name, title in RECORDED.items()}
         stages.append({key: (None if value == -1 else value) for key, value in row.items()})
     last = history[0].content
     versions = ", ".join(f"{name} {version}" for name, version in (last.get("versions") or {}).items())

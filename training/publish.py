@@ -32,7 +32,8 @@ PUBLISHED = re.compile(
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|\w+\.model|chat_template\.jinja"
-    r"|(evaluation|calibration|energy|\w*results)\.json|[\w-]+\.(png|svg)"
+    r"|evaluation\.json|calibration\.json|[\w-]+\.png"
+    r"|report/(results\.json|report\.(md|html)|[\w-]+\.png)"
 )
 # A pickle of these names is state of the Trainer, not weights: left out rather than refused.
 TRAINER_STATE = re.compile(r"training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth")
@@ -105,14 +106,14 @@ def publish(
     with _scratch(dry_run) as scratch:
         staged = scratch / folder.resolve().name
         stage(folder, staged)
-        write_card(staged, repo_id, card)
+        write_card(folder, repo_id, card, staged / "README.md")
         verification.verify(staged, model, tokenizer_folder=folder)
         if dry_run is not None:
             if Path(dry_run).is_dir():
                 Path(dry_run).rmdir()
             os.replace(staged, dry_run)
             return str(dry_run)
-        return upload(staged, repo_id, private, revision, card, commit_message, api)
+        return upload(folder, staged, repo_id, private, revision, card, commit_message, api)
 
 
 def check_arguments(folder: Path, repo_id: str, dry_run: Path | None) -> None:
@@ -141,13 +142,15 @@ def _scratch(target: str | os.PathLike | None) -> Iterator[Path]:
 def stage(folder: Path, target: Path) -> None:
     """Copy and check what is to be published, nothing else, with a tokenizer that older transformers can read."""
     target.mkdir(parents=True)
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.iterdir(), *folder.glob("report/*")]):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise VerificationError(f"`{name}` must be a file of its own, got a link to {os.readlink(path)!r}.")
         if path.is_dir() or path.name.startswith("."):
             continue
-        if path.is_symlink():
-            raise VerificationError(f"`{path.name}` must be a file of its own, got a link to {os.readlink(path)!r}.")
-        if PUBLISHED.fullmatch(path.name):
-            shutil.copyfile(path, target / path.name)
+        if PUBLISHED.fullmatch(name):
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / name)
         elif not TRAINER_STATE.fullmatch(path.name):
             verification.refuse_pickle(path)
     verification.check_files(target)
@@ -170,6 +173,7 @@ def portable_tokenizer_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def upload(
+    folder: Path,
     staged: Path,
     repo_id: str,
     private: bool | None,
@@ -188,16 +192,14 @@ def upload(
         done = lost = f"No file of {repo_id} was changed."
         if revision != "main":
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        additions = [CommitOperationAdd(path.name, str(path)) for path in sorted(staged.iterdir())]
-        names = {addition.path_in_repo for addition in additions}
+        files = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
+        additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         old = api.list_repo_files(repo_id, revision=revision)
-        deletions = [CommitOperationDelete(name) for name in old if REPLACED.fullmatch(name) and name not in names]
+        deletions = [CommitOperationDelete(name) for name in old if REPLACED.fullmatch(name) and name not in files]
         lost = f"{repo_id} holds all of the checkpoint or nothing of it: look at {api.endpoint}/{repo_id}."
         commit = api.create_commit(repo_id, [*additions, *deletions], commit_message=commit_message, revision=revision)
-        done = lost = (
-            f"The checkpoint is complete at {commit.commit_url}; only the commit to pin is missing from its card."
-        )
-        write_card(staged, repo_id, card, pinned=commit.oid)
+        done = lost = f"The checkpoint is complete at {commit.commit_url}; only its card does not name this commit."
+        write_card(folder, repo_id, card, staged / "README.md", pinned=commit.oid)
         readme = CommitOperationAdd("README.md", str(staged / "README.md"))
         api.create_commit(repo_id, [readme], commit_message="Name the commit to pin", revision=revision)
     except (RuntimeError, *_CONNECTION_ERRORS) as error:

@@ -172,7 +172,7 @@ def _check_file(path: Path, name: str) -> None:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
             raise VerificationError(f"`{name}` must be a whole safetensors file, got {error}.") from error
-    elif path.suffix in (".json", ".md", ".py", ".txt", ".jinja"):
+    elif path.suffix in (".html", ".jinja", ".json", ".md", ".py", ".txt"):
         text = path.read_text(encoding="utf-8", errors="replace")
         if TOKEN.search(text) or (len(own := own_token()) >= 8 and own in text):
             raise VerificationError(
