@@ -71,7 +71,7 @@ def forms(value) -> set[str]:
     if isinstance(value, bool) or value is None:
         return set()
     if isinstance(value, int | float):
-        return {str(value), *(f"{value:.{digits}f}" for digits in (2, 4, 5, 6))}
+        return {str(value), f"{value:g}", *(f"{value:.{digits}f}" for digits in (2, 4, 5))}
     return set(NUMBER.findall(str(value)))
 
 

@@ -223,7 +223,7 @@ def _card_of(folder: Path) -> dict[str, Any]:
 
 
 def dataset_of(record: Record) -> tuple[str | None, str | None, str]:
-    """Data set of a training record: name on the Hub (or the last part of a local path), configuration, title."""
+    """Data set of a training record: name on the Hub (or of the local folder), configuration, title."""
     task, name = record.setting("data", "task_name"), record.setting("data", "dataset_name")
     config = record.setting("data", "dataset_config_name")
     if task:
@@ -231,8 +231,11 @@ def dataset_of(record: Record) -> tuple[str | None, str | None, str]:
     name = name or record.setting("data", "train_file") or record.setting("data", "validation_file")
     if not name:
         return None, None, "unnamed data"
-    name = _hub_name(name) or Path(name).stem
-    return name, config, f"{name} {config}" if config else name
+    if _hub_name(name):
+        return name, config, f"{name} {config}" if config else name
+    path = Path(name)
+    name = path.parent.name if path.suffix else path.name
+    return name, config, f"{name} {config} (local files)" if config else f"{name} (local files)"
 
 
 def _hub_name(name: str | None) -> str | None:
@@ -277,8 +280,12 @@ def _quality_table(rows: list[dict[str, Any]]) -> str:
 
 def _cost_table(rows: list[dict[str, Any]]) -> str:
     columns = [name for name in COST if any(row.get(name) is not None for row in rows)]
-    table = [row for row in rows if any(row.get(name) is not None for name in columns)]
-    return markdown_table(table, ["mode", "T", "schedule", *columns]) if columns else ""
+    table = [
+        {key.replace("_", " "): row.get(key) for key in ("mode", "T", "schedule", *columns)}
+        for row in rows
+        if any(row.get(name) is not None for name in columns)
+    ]
+    return markdown_table(table) if table else ""
 
 
 def _energy_constants(record: Record | None) -> str:
@@ -318,12 +325,12 @@ def _record_tables(history: list[Record]) -> str:
     for record in reversed(history):
         row = {"stage": record.setting("model", "stage"), "data": dataset_of(record)[2]}
         row |= {title: record.setting("training", name) for name, title in RECORDED.items()}
-        stages.append({key: (None if value == -1 else value) for key, value in row.items()})
+        stages.append({key: None if value == -1 else _short(value) for key, value in row.items()})
     last = history[0].content
     versions = ", ".join(f"{name} {version}" for name, version in (last.get("versions") or {}).items())
     hardware = ", ".join(f"{key}: {value}" for key, value in (last.get("hardware") or {}).items())
     lines = [
-        markdown_table(_without_empty_columns(stages), digits=6),
+        markdown_table(_without_empty_columns(stages)),
         "",
         f"- Commit of the code: {last.get('commit') or 'not recorded'}; date: {last.get('date')}",
         f"- Versions: {versions}",
@@ -331,6 +338,10 @@ def _record_tables(history: list[Record]) -> str:
         f"- Command: `{_without_paths(last.get('command') or 'not recorded')}`",
     ]
     return "\n".join(lines)
+
+
+def _short(value: Any) -> Any:
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def _without_empty_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -42,7 +42,8 @@ REPLACED = re.compile(r"[^/]+\.(safetensors|safetensors\.index\.json|bin|pt|pth|
 # Keys that say where the tokenizer was, or that only transformers 5 understands.
 TOKENIZER_NOISE = ("backend", "is_local", "local_files_only", "name_or_path")
 
-_CONNECTION_ERRORS: tuple[type[Exception], ...] = (
+_CLIENT_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
     OSError,
     *(importlib.import_module(name).HTTPError for name in ("httpx", "httpx2") if importlib.util.find_spec(name)),
 )
@@ -202,7 +203,7 @@ def upload(
         write_card(folder, repo_id, card, staged / "README.md", pinned=commit.oid)
         readme = CommitOperationAdd("README.md", str(staged / "README.md"))
         api.create_commit(repo_id, [readme], commit_message="Name the commit to pin", revision=revision)
-    except (RuntimeError, *_CONNECTION_ERRORS) as error:
+    except _CLIENT_ERRORS as error:
         raise PublishError(_explain(error, api.endpoint, done, lost)) from error
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"{lost} Run the command again to go on.") from error
@@ -233,6 +234,12 @@ class PublishMixin:
 
     A stock Trainer uploads its whole output folder, pickled arguments included, whenever it saves.
     """
+
+    args: Any
+    accelerator: Any
+    model: Any
+    save_model: Any
+    is_world_process_zero: Any
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -271,7 +278,7 @@ class PublishMixin:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m training.publish", description=publish.__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m training.publish", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("folder", help="checkpoint folder: model, tokenizer, results")
     parser.add_argument("repo_id", help="user/name or organisation/name on the Hub")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")

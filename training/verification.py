@@ -49,7 +49,7 @@ class VerificationError(ValueError):
     """A folder must not be published as it is."""
 
 
-def verify(folder: str | os.PathLike, model=None, tokenizer_folder: str | os.PathLike | None = None) -> None:
+def verify(folder: str | os.PathLike, model=None, tokenizer_folder: str | Path | None = None) -> None:
     """Raise unless a folder is safe to publish and loads anywhere with the same results.
 
     Args:
@@ -219,7 +219,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_clean_load(folder: Path, model=None, tokenizer_folder: str | os.PathLike | None = None) -> None:
+def check_clean_load(folder: Path, model=None, tokenizer_folder: str | Path | None = None) -> None:
     """Raise unless a fresh process without this repository gets the reference logits and token ids, bit for bit."""
     if model is None:
         import modeling_fas
