@@ -219,7 +219,9 @@ class Handler(BaseHTTPRequestHandler):
         elif repo_id in self.server.repositories:
             self.reply(409, {"error": "You already created this model repo", "url": f"{self.server.url}/{repo_id}"})
         else:
-            repository = self.server.repositories[repo_id] = Repository(bool(body.get("private")))
+            repository = self.server.repositories[repo_id] = Repository(
+                body.get("private") or body.get("visibility") == "private"
+            )
             repository.add("main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
             self.reply(200, {"url": f"{self.server.url}/{repo_id}", "name": repo_id, "id": repo_id})
 

@@ -181,7 +181,7 @@ save_file({{k: v.detach() for k, v in probe_logits(model).items()}}, "expected.s
     names = hub.files("tester/pushed").keys()
     assert {"model.safetensors", "config.json", "configuration_fas.py", "modeling_fas.py"} <= names
     assert ("training_args.bin" in names) == (push == "trainer")
-    assert ("evaluation.json" in names) == (push == "publishing-trainer")
+    assert ("evaluation.json" in names) == (push != "model")
     if push == "model":
         hub.repositories["tester/pushed"].commits[-1][2].update(
             {n: (tmp_path / "run" / n).read_bytes() for n in ("tokenizer.json", "tokenizer_config.json")}
@@ -306,7 +306,7 @@ def test_olah_serves_what_was_published(kind, hub, tmp_path):
     try:
         wait_for(lambda: is_open(port))
         env = environment(hub, tmp_path / "reader", None) | {"HF_ENDPOINT": f"http://127.0.0.1:{port}"}
-        # It answers 401 where the Hub says 404 for a missing folder, which AutoTokenizer looks for: hence the snapshot.
+        # It answers 401 where the Hub says 404 for a missing folder, which AutoTokenizer looks for: so, a snapshot.
         found, _ = read(env, tmp_path, "tester/tiny", AUTO[kind], snapshot=True)
     finally:
         server.terminate()

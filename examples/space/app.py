@@ -97,8 +97,8 @@ def raster(sites: list[Site], tokens: list[str], T: int) -> Figure:
             side.set_color("#d8dbe2")
         if len(columns) == len(tokens) * T:
             by_token = axes
-    by_token.tick_params(labelbottom=True)
-    by_token.set_xticks([(i + 0.5) * T for i in range(len(tokens))], tokens, fontsize=8)
+    by_token.tick_params(which="minor", labelbottom=True, length=0)
+    by_token.set_xticks([(i + 0.5) * T for i in range(len(tokens))], tokens, minor=True, fontsize=8)
     return figure
 
 
