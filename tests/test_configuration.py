@@ -5,9 +5,9 @@ import logging
 import pickle
 
 import pytest
-import tiny
 from transformers import AutoConfig, BertConfig, GPT2Config
 
+import tiny
 from configuration_fas import FASBertConfig, FASConfig, FASGPT2Config
 
 
@@ -95,14 +95,14 @@ def test_a_misspelt_key_warns(key, meant, caplog, monkeypatch):
 
 
 def test_a_missing_or_contradicting_backbone_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`backbone` must be 'gpt2' or 'bert'.*got None"):
+    with pytest.raises(ValueError, match=r"`backbone` must be 'gpt2' or 'bert'.*got None"):
         FASConfig(L=4)
-    with pytest.raises(ValueError, match="got 'llama'"):
+    with pytest.raises(ValueError, match=r"got 'llama'"):
         FASConfig(backbone="llama")
-    with pytest.raises(ValueError, match="is for the backbone 'bert'"):
+    with pytest.raises(ValueError, match=r"is for the backbone 'bert'"):
         FASBertConfig(backbone="gpt2")
     FASGPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must hold a 'bert' or 'fas_bert' checkpoint.*got one of type 'fas_gpt2'"):
+    with pytest.raises(ValueError, match=r"must hold a 'bert' or 'fas_bert' checkpoint.*got one of type 'fas_gpt2'"):
         FASBertConfig.from_pretrained(tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_a_model_and_its_configuration_never_disagree(kind):
     assert model.set_timesteps(5, "layerwise") is model
     assert (model.config.T, model.config.schedule) == (5, "layerwise")
     for wrong in ((-1, "stepwise"), (3, "sideways")):
-        with pytest.raises(ValueError, match="must be"):
+        with pytest.raises(ValueError, match=r"must be"):
             model.set_timesteps(*wrong)
         assert (model.config.T, model.config.schedule) == (5, "layerwise")
         assert {(neuron.T, neuron.schedule) for _, neuron in model.neurons()} == {(5, "layerwise")}

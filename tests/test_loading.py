@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -17,6 +16,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+import tiny
 from modeling_fas import FASBertForMaskedLM, FASGPT2LMHeadModel
 
 
@@ -113,7 +113,7 @@ def stock_config(kind):
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
     GPT2LMHeadModel(stock_config("gpt2")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must hold a 'bert' or 'fas_bert' checkpoint.*got one of type 'gpt2'"):
+    with pytest.raises(ValueError, match=r"must hold a 'bert' or 'fas_bert' checkpoint.*got one of type 'gpt2'"):
         FASBertForMaskedLM.from_pretrained(tmp_path)
 
 
@@ -136,20 +136,20 @@ def test_a_truncated_file_is_refused(tmp_path):
     tiny.model("gpt2").save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(OSError, match="model.safetensors.*(truncated|incomplete)"):
+    with pytest.raises(OSError, match=r"model.safetensors.*(truncated|incomplete)"):
         FASGPT2LMHeadModel.from_pretrained(tmp_path)
 
 
 def test_pickled_weights_are_neither_read_nor_written(tmp_path):
-    with pytest.raises(ValueError, match="`use_safetensors` must be True"):
+    with pytest.raises(ValueError, match=r"`use_safetensors` must be True"):
         FASGPT2LMHeadModel.from_pretrained(tmp_path, use_safetensors=False)
-    with pytest.raises(ValueError, match="`safe_serialization` must be True"):
+    with pytest.raises(ValueError, match=r"`safe_serialization` must be True"):
         tiny.model("gpt2").save_pretrained(tmp_path, safe_serialization=False)
     assert not list(tmp_path.iterdir())
     model = tiny.model("gpt2")
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="model.safetensors"):
+    with pytest.raises(OSError, match=r"model.safetensors"):
         FASGPT2LMHeadModel.from_pretrained(tmp_path)
 
 

@@ -5,8 +5,9 @@ without the training scripts, is `test_loading.py::test_a_new_process_without_th
 """
 
 import pytest
-import tiny
 import torch
+
+import tiny
 
 
 @pytest.mark.parametrize("T, schedule", tiny.MODES)
@@ -27,10 +28,10 @@ def test_3_position_thresholds_serve_shorter_inputs_and_refuse_longer_ones():
         logits = model(ids[:, :length]).logits
         assert logits.shape == (1, length, tiny.VOCABULARY)  # the published code broadcasts length 1 to all rows
         torch.testing.assert_close(logits, whole[:, :length], atol=1e-12, rtol=0)
-    with pytest.raises(ValueError, match="must not reach beyond the 9 positions.*got 10"):
+    with pytest.raises(ValueError, match=r"must not reach beyond the 9 positions.*got 10"):
         model(torch.ones(1, 10, dtype=torch.long))
     cache = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="must not reach beyond the 9 positions.*got 10"):
+    with pytest.raises(ValueError, match=r"must not reach beyond the 9 positions.*got 10"):
         model(ids[:, :1], past_key_values=cache)
 
 

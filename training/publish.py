@@ -321,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error(f"Not published: {error}. Nothing was uploaded, and no half-written folder is left.")
         return 1
     except KeyboardInterrupt as error:
-        logger.error(f"Interrupted. {error or 'Nothing was uploaded.'}")
+        logger.error(f"Interrupted. {str(error) or 'Nothing was uploaded.'}")
         return 130
     logger.info(f"{'Written to' if dry_run else 'Published:'} {where}")
     return 0
