@@ -89,6 +89,8 @@ class FASConfig(PretrainedConfig):
     def __init__(self, **kwargs):
         backbone = kwargs.pop("backbone", self.backbone)
         model_type = kwargs.pop("model_type", self.model_type)
+        kwargs.pop("fas_version", None)
+        self.fas_version = __version__  # of the code that runs, hence of the code files saved beside it
         if self.backbone and (backbone != self.backbone or not self._reads(model_type)):
             raise ValueError(
                 f"`{type(self).__name__}` is for the backbone {self.backbone!r}, got backbone {backbone!r} and "

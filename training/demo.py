@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from modeling_fas import FASBertForSequenceClassification
@@ -39,13 +40,14 @@ TEST_SHARE = 10  # one sentence in so many
 PROBE = ["A moving, funny and beautifully acted film.", "Two hours of noise.", "Not bad at all, but far too long."]
 RELOAD = """
 import sys, torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 folder, expected, *texts = sys.argv[1:]
 model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
 batch = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(texts, padding=True, return_tensors="pt")
 with torch.no_grad():
     logits = torch.stack([model.set_timesteps(T)(**batch).logits for T in (0, 4)])
-print((logits - torch.load(expected)).abs().max().item())
+print((logits - load_file(expected)["logits"]).abs().max().item())
 """
 
 
@@ -129,8 +131,8 @@ def reload(folder: Path) -> float:
     model = FASBertForSequenceClassification.from_pretrained(folder).eval()
     batch = AutoTokenizer.from_pretrained(folder)(PROBE, padding=True, return_tensors="pt")
     with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
-        expected = Path(scratch) / "logits.pt"
-        torch.save(torch.stack([model.set_timesteps(T)(**batch).logits for T in (0, 4)]), expected)
+        expected = Path(scratch) / "logits.safetensors"
+        save_file({"logits": torch.stack([model.set_timesteps(T)(**batch).logits for T in (0, 4)])}, expected)
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run(
             [sys.executable, "-c", RELOAD, str(folder.resolve()), str(expected), *PROBE],

@@ -1,0 +1,40 @@
+"""Freeze tiny checkpoints of the version at hand under `tests/frozen/`, with the code they were saved by.
+
+Run once, when a version is released: `PYTHONPATH=. python tests/freeze.py`. What stands there is never changed again.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from checkpoints import tiny_checkpoint
+from configuration_fas import __version__
+from training.clean_load import probe_logits
+
+
+SMALL = {
+    "gpt2": {"vocab_size": 32, "n_positions": 16},
+    "mlm": {"vocab_size": 32, "max_position_embeddings": 16},
+    "classifier": {"vocab_size": 32, "max_position_embeddings": 16},
+}
+
+
+def freeze(target: Path) -> None:
+    for seed, (kind, settings) in enumerate(SMALL.items()):
+        folder = target / f"fas_{kind}"
+        model = tiny_checkpoint(folder, kind, results=False, seed=seed, **settings)
+        save_file(probe_logits(model), folder / "logits.safetensors")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).unlink()
+        for code in folder.glob("*.py"):
+            shutil.move(code, target / f"{code.name}.txt")  # out of reach of formatters
+
+
+if __name__ == "__main__":
+    target = Path(__file__).parent / "frozen" / __version__
+    if target.exists() and "--again" not in sys.argv:
+        raise SystemExit(f"{target} exists: what was released is not frozen again. (--again, before the release)")
+    shutil.rmtree(target, ignore_errors=True)
+    freeze(target)

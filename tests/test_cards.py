@@ -1,0 +1,180 @@
+"""The model card: every number in it comes from a file of the checkpoint, and the client takes its metadata."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+
+from checkpoints import tiny_checkpoint, tiny_results
+from training.cards import TEMPLATE, CardOptions, build_card, inherited_options, lineage
+from training.results import write_json, write_results
+
+
+NUMBER = re.compile(r"(?<![\w.])\d[\d.,e+-]*\d|\d")
+
+
+def report(folder: Path) -> None:
+    """A report as `training.evaluate` writes it."""
+    rows = [{"model": "stock", "schedule": None, "T": 0, "quality": {"accuracy": 0.8571, "examples": 872}}]
+    rows += [
+        {"model": model, "schedule": schedule, "T": T, "quality": {"accuracy": accuracy, "examples": 872}}
+        | {"agreement": 0.9137 + T / 1000, "logit_error": 0.0731, "spike_rate": 0.0271 if T else None}
+        | {"energy": {"ratio": 1.0 + T * 0.733}, "seconds": 3.25}
+        for model, schedule, T, accuracy in [
+            ("qcfs", None, 0, 0.8463),
+            ("fas", "stepwise", 4, 0.8377),
+            ("fas", "layerwise", 4, 0.8449),
+        ]
+    ]
+    configuration = {"checkpoint": str(folder), "data": {"dataset": "x"}, "mac_pj": 4.6, "ac_pj": 0.9}
+    write_results(folder / "report" / "results.json", metrics={"rows": rows}, configuration=configuration)
+
+
+def calibration_record(folder: Path) -> None:
+    """A record as calibration writes it."""
+    sites = [f"bert.encoder.layer.{i}.intermediate.intermediate_act_fn" for i in range(2)] + ["bert.pooler.activation"]
+    stages = {
+        stage: {
+            site: {"scale": 0.9311 + i / 100, "initial_potential": 0.4823 - i / 100, "error": error * (i + 1)}
+            for i, site in enumerate(sites)
+        }
+        for stage, error in [("uncalibrated", 0.03117), ("coarse", 0.01973), ("fine", 0.01171)]
+    }
+    write_json(folder / "calibration.json", {"T": 4, "L": 8, "granularity": "neuron", "stages": stages})
+
+
+@pytest.fixture(params=["evaluation", "report"])
+def folder(request, tmp_path):
+    tiny_checkpoint(tmp_path / "checkpoint", "classifier")
+    calibration_record(tmp_path / "checkpoint")
+    if request.param == "report":
+        report(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from (key, *leaves(item))
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def forms(value) -> set[str]:
+    """How a value of a file may stand in a card."""
+    if isinstance(value, bool) or value is None:
+        return set()
+    if isinstance(value, int | float):
+        return {str(value), f"{value:g}", *(f"{value:.{digits}f}" for digits in (2, 4, 5))}
+    return set(NUMBER.findall(str(value)))
+
+
+def unexplained(card: ModelCard, folder: Path) -> list[str]:
+    """Numbers of a card that are in no results file or configuration, nor in the template."""
+    files = [folder / "config.json", *folder.rglob("*.json")]
+    known = {form for path in files for leaf in leaves(json.loads(path.read_text())) for form in forms(leaf)}
+    known |= set(NUMBER.findall(TEMPLATE.read_text()))
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    known.add(str(layers + 1))  # sites: one for each layer, and the pooler
+    return [
+        number for number in NUMBER.findall(card.content) if number not in known and number.rstrip(".") not in known
+    ]
+
+
+def test_every_number_comes_from_a_file(folder):
+    card = build_card(folder, "tester/tiny", CardOptions(license="mit", language=["en"]))
+    assert unexplained(card, folder) == []
+    assert len(NUMBER.findall(card.content)) > 100
+
+
+def test_a_typed_number_would_be_found(folder, monkeypatch, tmp_path):
+    card = build_card(folder, "tester/tiny", CardOptions())
+    card.content += "\nIt reaches 91.3 % at T = 4.\n"
+    assert unexplained(card, folder) == ["91.3"]
+
+
+def test_metadata_survives_the_validation_of_the_client(folder):
+    """What the client itself checks: it parses, and its model index turns into the same evaluation results."""
+    options = CardOptions(license="apache-2.0", language=["en"], base_model="someone/base")
+    card = build_card(folder, "tester/tiny", options)
+    card.save(folder / "README.md")
+    data = ModelCard.load(folder / "README.md", ignore_metadata_errors=False).data
+    assert data.to_dict() == card.data.to_dict()
+    assert (data.license, data.language, data.library_name) == ("apache-2.0", ["en"], "transformers")
+    assert (data.pipeline_tag, data.base_model) == ("text-classification", "someone/base")
+    assert data.to_dict()["base_model_relation"] == "finetune"
+    assert data.datasets == ["nyu-mll/glue"] and {"spiking-neural-network", "custom_code"} <= set(data.tags)
+    name, results = model_index_to_eval_results(eval_results_to_model_index("tiny", data.eval_results))
+    assert name == "tiny" and results == data.eval_results
+    for result in results:
+        assert (result.dataset_type, result.dataset_config, result.dataset_split) == (
+            "nyu-mll/glue",
+            "sst2",
+            "validation",
+        )
+
+
+def test_one_result_for_each_metric_T_and_schedule(tmp_path):
+    tiny_checkpoint(tmp_path, "classifier")
+    found = build_card(tmp_path, "tester/tiny", CardOptions()).data.eval_results
+    told = [(r.metric_type, r.metric_args["T"], r.metric_args.get("schedule"), r.metric_value) for r in found]
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
+    assert told == [("accuracy", row["T"], row["schedule"], row["accuracy"]) for row in rows]
+
+
+def test_the_report_comes_first_and_brings_energy(tmp_path):
+    tiny_checkpoint(tmp_path, "classifier")
+    assert "energy ratio" not in build_card(tmp_path, "tester/tiny", CardOptions()).content
+    report(tmp_path)
+    content = build_card(tmp_path, "tester/tiny", CardOptions()).content
+    assert "| spiking | 4 | stepwise | 0.8377 | 0.9177 |" in content
+    assert "| spiking | 4 | stepwise | 0.0271 | 3.9320 |" in content
+    assert "| stock model | 0 | – | 0.8571 | – |" in content
+    assert "4.6 pJ" in content and "`report/results.json`" in content
+
+
+def test_calibration_is_told_site_by_site(tmp_path):
+    tiny_checkpoint(tmp_path, "classifier")
+    calibration_record(tmp_path)
+    content = build_card(tmp_path, "tester/tiny", CardOptions()).content
+    assert "| `bert.pooler.activation` | 0.09351 | 0.05919 | 0.03513 | 0.95110 | 0.46230 |" in content
+
+
+def test_the_stages_are_followed_to_the_base_model(tmp_path):
+    base, first, second = tmp_path / "base", tmp_path / "run" / "qcfs", tmp_path / "run" / "calibrated"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: bsd-3-clause\nlanguage: de\nbase_model: theirs/of-theirs\n---\n")
+    tiny_checkpoint(first, "classifier", results=False)
+    tiny_results(first, "classifier", base=str(base))
+    tiny_checkpoint(second, "classifier", results=False)
+    tiny_results(second, "classifier", base="elsewhere/run/qcfs")  # moved together since
+    assert [path for path, _ in lineage(second)] == [second, first]
+    options = inherited_options(second, CardOptions())
+    assert options == CardOptions(license="bsd-3-clause", language=["de"], base_model=None)
+    card = build_card(second, "tester/tiny", options)
+    assert card.data.base_model is None and str(tmp_path) not in card.content
+    own = CardOptions(license="mit", base_model="someone/base")
+    assert inherited_options(second, own) == CardOptions(license="mit", language=["de"], base_model="someone/base")
+
+
+def test_a_folder_without_results_says_so(tmp_path):
+    tiny_checkpoint(tmp_path, "gpt2", results=False, calibrated=False)
+    card = build_card(tmp_path, "tester/tiny", CardOptions())
+    for text in ("No results file", "Not measured", "Not calibrated", "No training record"):
+        assert text in card.content
+    assert card.data.eval_results is None
+
+
+def test_the_snippet_is_python_and_names_the_commit(tmp_path):
+    tiny_checkpoint(tmp_path, "gpt2")
+    content = build_card(tmp_path, "tester/tiny", CardOptions(), pinned="a" * 40).content
+    snippet = re.search(r"```python\n(.*?)```", content, re.DOTALL)[1]
+    compile(snippet, "snippet", "exec")
+    assert len(snippet.strip().splitlines()) == 3 and snippet.count(f'revision="{"a" * 40}"') == 2
+    assert "AutoModelForCausalLM" in snippet

@@ -1,0 +1,27 @@
+"""Every example of docs/use.md runs, in one process that cannot import this repository."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from checkpoints import tiny_checkpoint
+
+
+TEXT = (Path(__file__).parents[1] / "docs" / "use.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"<!-- example: (\w+)( peft)? -->\n```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_every_block_of_python_is_tested():
+    assert len(EXAMPLES) == TEXT.count("```python") == 5
+
+
+@pytest.mark.slow
+def test_the_examples_run(tmp_path, run_outside):
+    for kind in ("gpt2", "mlm", "classifier"):
+        tiny_checkpoint(tmp_path / "user" / kind, kind, results=False)
+    chosen = [code for _, peft, code in EXAMPLES if not peft or importlib.util.find_spec("peft")]
+    script = tmp_path / "examples.py"
+    script.write_text("\n".join(f"exec({code!r}, {{}}); print('ran')" for code in chosen))
+    assert run_outside([str(script)]).count("ran\n") == len(chosen)

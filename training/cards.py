@@ -1,0 +1,389 @@
+"""The model card of a checkpoint, written from its results files and its configuration, never by hand.
+
+`python -m training.cards FOLDER REPO_ID CARD.md` writes one without publishing anything.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from training.clean_load import auto_class_name
+from training.results import markdown_table, read_results
+
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+PIPELINES = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+}
+# Where a report of `training.evaluate` belongs, inside the checkpoint folder.
+REPORT = "report/results.json"
+# Columns of a row of results that are no measure of quality.
+NO_METRIC = {"mode", "T", "schedule", "split", "loss", "examples", "seconds", "epoch", "num_input_tokens_seen"}
+COST = ("spike_rate", "energy_ratio")
+MODES = {"qcfs": "quantised ANN", "fas": "spiking", "stock": "stock model"}
+METRIC_NAMES = {
+    "f1": "F1",
+    "matthews_correlation": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearmanr": "Spearman correlation",
+}
+RECORDED = {
+    "per_device_train_batch_size": "batch",
+    "gradient_accumulation_steps": "accumulation",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "learning_rate": "learning rate",
+    "threshold_learning_rate": "threshold learning rate",
+    "seed": "seed",
+}
+SETTINGS = ("L", "T", "schedule", "calib_T", "granularity", "initial_threshold", "fas_version", "transformers_version")
+
+
+@dataclass
+class CardOptions:
+    """What no results file knows; each is taken from an existing card, of the folder or of its base, if not given."""
+
+    license: str | None = None
+    language: Sequence[str] | None = None
+    base_model: str | None = None
+
+
+@dataclass
+class Record:
+    """A results file of a checkpoint, as the training scripts or `training.evaluate` write it."""
+
+    file: str
+    content: dict[str, Any]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Its measurements at one T and schedule each: `mode`, `T`, `schedule`, metrics, spike rate, energy ratio."""
+        metrics = self.content["metrics"]
+        rows = metrics.get("rows", []) if isinstance(metrics, Mapping) else metrics
+        return [_flat(row) for row in rows if "T" in row]
+
+    def setting(self, part: str, name: str) -> Any:
+        """One setting of the run, or None."""
+        settings = self.content["configuration"].get(part)
+        return settings.get(name) if isinstance(settings, Mapping) else None
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    mode = row.get("mode", row.get("model"))
+    found = {"mode": MODES.get(mode, mode), "T": row["T"], "schedule": row.get("schedule")}
+    if "quality" not in row:
+        return found | {key: value for key, value in row.items() if key not in found}
+    found |= {key: value for key, value in row["quality"].items() if key != "examples"}
+    if row.get("agreement") is not None:
+        found["agreement"] = row["agreement"]
+    ratio = row.get("energy", {}).get("ratio")
+    return found | {"spike_rate": row.get("spike_rate"), "energy_ratio": ratio}
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The results files of a folder: JSON objects with `metrics` and `configuration`; a report comes first."""
+    records = []
+    for path in [folder / REPORT, *sorted(folder.glob("*.json"))]:
+        if path.is_file():
+            content = read_results(path)
+            if isinstance(content, dict) and {"metrics", "configuration"} <= content.keys():
+                records.append(Record(path.relative_to(folder).as_posix(), content))
+    return records
+
+
+def lineage(folder: Path) -> Iterator[tuple[Path, Record]]:
+    """The training record of a folder and of those it started from, newest first, as far as they are on this disk."""
+    seen = set()
+    while folder.is_dir() and folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        record = next((each for each in read_records(folder) if each.setting("training", "seed") is not None), None)
+        if record is None:
+            return
+        yield folder, record
+        base = Path(record.setting("model", "model_name_or_path") or "")
+        folder = base if base.is_dir() else folder.parent / base.name
+
+
+def write_card(
+    folder: str | os.PathLike, repo_id: str, options: CardOptions, target: Path, pinned: str | None = None
+) -> None:
+    """Write the `README.md` of a checkpoint.
+
+    Args:
+        folder: The checkpoint, with `config.json` and results files.
+        repo_id: Where it is to be published.
+        options: What no results file knows.
+        target: File to write.
+        pinned: Commit that the snippet names, once there is one.
+    """
+    build_card(Path(folder), repo_id, options, pinned).save(target)
+
+
+def build_card(folder: Path, repo_id: str, options: CardOptions, pinned: str | None = None) -> ModelCard:
+    """The card of a checkpoint folder; see [`write_card`]."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    history = [record for _, record in lineage(folder)]
+    measured = next((record for record in read_records(folder) if record.rows), None)
+    rows = measured.rows if measured else []
+    auto_class = auto_class_name(config)
+    backbone = "GPT-2" if config["model_type"] == "fas_gpt2" else "BERT"
+    data = card_data(repo_id, config, rows, history, options)
+    position = config.get("granularity") == "position" and config.get("calib_T")
+    limit = config["calib_length"] if position else config.get("n_positions") or config["max_position_embeddings"]
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=repo_id.rpartition("/")[2],
+        repo_id=repo_id,
+        backbone=backbone,
+        task=PIPELINES[auto_class].replace("-", " "),
+        base=data.base_model,
+        auto_class=auto_class,
+        revision=pinned or "main",
+        pinned=pinned,
+        mode=f', T={config["T"]}, schedule="{config["schedule"]}"' if config["T"] else ", T=4",
+        sites=_sites(config),
+        spikes=_what_spikes(backbone, auto_class),
+        head={"GPT-2": "the language modelling head", "BERT": "the output layer"}[backbone],
+        quality=_quality_table(rows),
+        source=measured.file if measured else "",
+        cost=_cost_table(rows),
+        energy=_energy_constants(measured) if any(row.get("energy_ratio") for row in rows) else "",
+        calibration=_calibration(config, folder),
+        record=_record_tables(history),
+        settings=_settings(config),
+        limit=f"Inputs of at most {limit} tokens{', generated ones included' if backbone == 'GPT-2' else ''}.",
+    )
+
+
+def card_data(
+    repo_id: str,
+    config: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    history: list[Record],
+    options: CardOptions,
+) -> ModelCardData:
+    """The metadata of a card, with one evaluation result for each metric, T and schedule."""
+    pipeline = PIPELINES[auto_class_name(dict(config))]
+    base = options.base_model or _hub_name(history[-1].setting("model", "model_name_or_path") if history else None)
+    datasets = dict.fromkeys(name for record in history if (name := dataset_of(record)[0]) and "/" in name)
+    dataset = dataset_of(history[0]) if history else (None, None, "unnamed data")
+    results = [result for row in rows for result in _eval_results(row, pipeline, *dataset)]
+    return ModelCardData(
+        model_name=repo_id.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+        license=options.license,
+        language=list(options.language) if options.language else None,
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        datasets=list(datasets) or None,
+        tags=[
+            "fas",
+            "spiking-neural-network",
+            "ann-snn-conversion",
+            config["model_type"].removeprefix("fas_"),
+            "custom_code",
+        ],
+    )
+
+
+def inherited_options(folder: Path, options: CardOptions) -> CardOptions:
+    """The options, with what is missing taken from the card in the folder, then from that of its base model."""
+    history = list(lineage(folder))
+    base = Path(history[-1][1].setting("model", "model_name_or_path") or "") if history else Path()
+    own, others = _card_of(folder), [_card_of(base)] if base != Path() else []
+
+    def first(name: str) -> Any:
+        return next((data[name] for data in (own, *others) if data.get(name)), None)
+
+    language = options.language or first("language")
+    return CardOptions(
+        license=options.license or first("license"),
+        language=[language] if isinstance(language, str) else language,
+        base_model=options.base_model or own.get("base_model"),  # the base of the base is another
+    )
+
+
+def _card_of(folder: Path) -> dict[str, Any]:
+    path = folder / "README.md"
+    return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
+
+
+def dataset_of(record: Record) -> tuple[str | None, str | None, str]:
+    """Data set of a training record: name on the Hub (or of the local folder), configuration, title."""
+    task, name = record.setting("data", "task_name"), record.setting("data", "dataset_name")
+    config = record.setting("data", "dataset_config_name")
+    if task:
+        return "nyu-mll/glue", task, f"GLUE {task}"
+    name = name or record.setting("data", "train_file") or record.setting("data", "validation_file")
+    if not name:
+        return None, None, "unnamed data"
+    if _hub_name(name):
+        return name, config, f"{name} {config}" if config else name
+    path = Path(name)
+    name = path.parent.name if path.suffix else path.name
+    return name, config, f"{name} {config} (local files)" if config else f"{name} (local files)"
+
+
+def _hub_name(name: str | None) -> str | None:
+    """`name` if it is one on the Hub rather than a path on this machine."""
+    plain = name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
+    return name if plain and not os.path.exists(str(name)) else None
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    """The measures of quality in a row; the loss only where there is nothing else."""
+    measured = {key: value for key, value in row.items() if isinstance(value, int | float)}
+    chosen = {key: value for key, value in measured.items() if key not in NO_METRIC and key not in COST}
+    return chosen or {key: measured[key] for key in ("loss",) if key in measured}
+
+
+def _eval_results(
+    row: Mapping[str, Any], pipeline: str, dataset: str | None, dataset_config: str | None, title: str
+) -> Iterator[EvalResult]:
+    if row["mode"] == MODES["stock"]:
+        return
+    when = f"T = {row['T']}, {row['schedule']}" if row["T"] else "T = 0, ANN"
+    for metric, value in _metrics(row).items():
+        yield EvalResult(
+            task_type=pipeline,
+            dataset_type=dataset or "unnamed",
+            dataset_name=title,
+            dataset_config=dataset_config,
+            dataset_split=row.get("split", "validation"),
+            metric_type=metric,
+            metric_value=value,
+            metric_name=f"{METRIC_NAMES.get(metric, metric)} ({when})",
+            metric_args={"T": row["T"], "schedule": row["schedule"]},
+        )
+
+
+def _quality_table(rows: list[dict[str, Any]]) -> str:
+    metrics = list(dict.fromkeys(metric for row in rows for metric in _metrics(row)))
+    split = ["split"] if len({row.get("split") for row in rows}) > 1 else []
+    digits = {metric: 2 if metric == "perplexity" else 4 for metric in metrics}
+    return markdown_table(rows, ["mode", "T", "schedule", *split, *metrics], digits) if metrics else ""
+
+
+def _cost_table(rows: list[dict[str, Any]]) -> str:
+    columns = [name for name in COST if any(row.get(name) is not None for row in rows)]
+    table = [
+        {key.replace("_", " "): row.get(key) for key in ("mode", "T", "schedule", *columns)}
+        for row in rows
+        if any(row.get(name) is not None for name in columns)
+    ]
+    return markdown_table(table) if table else ""
+
+
+def _energy_constants(record: Record | None) -> str:
+    configuration = record.content["configuration"] if record else {}
+    if "mac_pj" not in configuration:
+        return "The constants stand in the results file."
+    return f"A multiply-accumulate counts {configuration['mac_pj']} pJ, an accumulate {configuration['ac_pj']} pJ."
+
+
+def _calibration(config: Mapping[str, Any], folder: Path) -> str:
+    if config.get("calib_T") is None:
+        return ""
+    text = f"Calibrated for T = {config['calib_T']} at granularity `{config['granularity']}`."
+    path = folder / "calibration.json"
+    stages = read_results(path).get("stages") if path.is_file() else None
+    if not stages:
+        return text
+    last = list(stages.values())[-1]
+    rows = [
+        {"site": f"`{site}`"}
+        | {f"error, {stage}": sites[site]["error"] for stage, sites in stages.items()}
+        | {"scale": last[site]["scale"], "initial potential": last[site]["initial_potential"]}
+        for site in last
+    ]
+    return (
+        f"{text} From `calibration.json`: the mean squared error of every site against the ANN after each stage, and "
+        f"the mean of its fine thresholds (over the threshold) and of its initial potentials.\n\n"
+        f"{markdown_table(rows, digits=5)}"
+    )
+
+
+def _record_tables(history: list[Record]) -> str:
+    """The stages a checkpoint went through, oldest first, and what the last one ran on."""
+    if not history:
+        return ""
+    stages = []
+    for record in reversed(history):
+        row = {"stage": record.setting("model", "stage"), "data": dataset_of(record)[2]}
+        row |= {title: record.setting("training", name) for name, title in RECORDED.items()}
+        stages.append({key: None if value == -1 else _short(value) for key, value in row.items()})
+    last = history[0].content
+    versions = ", ".join(f"{name} {version}" for name, version in (last.get("versions") or {}).items())
+    hardware = ", ".join(f"{key}: {value}" for key, value in (last.get("hardware") or {}).items())
+    lines = [
+        markdown_table(_without_empty_columns(stages)),
+        "",
+        f"- Commit of the code: {last.get('commit') or 'not recorded'}; date: {last.get('date')}",
+        f"- Versions: {versions}",
+        f"- Hardware: {hardware}",
+        f"- Command: `{_without_paths(last.get('command') or 'not recorded')}`",
+    ]
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> Any:
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def _without_empty_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    full = {key for row in rows for key, value in row.items() if value is not None}
+    return [{key: value for key, value in row.items() if key in full} for row in rows]
+
+
+def _without_paths(command: str) -> str:
+    return re.sub(r"(?<![\w.])(?:~|\.{0,2})/(?:[^\s/'\"]+/)*", "", command).replace("`", "'")
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    settings = (f"`{key}` = {config[key]}" for key in SETTINGS if config.get(key) is not None)
+    return f"Configuration: {', '.join(settings)}."
+
+
+def _sites(config: Mapping[str, Any]) -> int:
+    if config["model_type"] == "fas_gpt2":
+        return config["n_layer"]
+    return config["num_hidden_layers"] + 1  # the pooler, or the head's transform
+
+
+def _what_spikes(backbone: str, auto_class: str) -> str:
+    if backbone == "GPT-2":
+        return "the activation in the MLP of every block"
+    last = "the masked-LM head's transform" if auto_class == "AutoModelForMaskedLM" else "the pooler"
+    return f"the activation in the MLP of every layer and that of {last}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.cards", description="Write the card of a checkpoint.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("repo_id")
+    parser.add_argument("card", type=Path, help="file to write")
+    parser.add_argument("--license")
+    parser.add_argument("--language", nargs="+")
+    parser.add_argument("--base-model")
+    args = parser.parse_args(argv)
+    options = CardOptions(license=args.license, language=args.language, base_model=args.base_model)
+    build_card(args.folder, args.repo_id, inherited_options(args.folder, options)).save(args.card)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
