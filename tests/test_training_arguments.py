@@ -75,6 +75,7 @@ def inputs(tmp_path_factory):
     write_reviews(folder / "reviews.json")
     write_corpus(folder / "corpus.json")
     (folder / "labels.json").write_text('{"sentence": "good", "label": 0}\n{"sentence": "bad", "label": -1}\n')
+    (folder / "damaged.json").write_text('{"sentence": "good", "label"')
     save_bert(folder / "bert")
     save_gpt2(folder / "gpt2")
     return folder
@@ -88,6 +89,11 @@ BAD = {
     "no such Hub name": (
         run_clm,
         CLM.replace("--train_file {}/corpus.json", "--dataset_name nobody/nothing"),
+        "`--dataset_name` or the file must be a data set that can be read",
+    ),
+    "damaged file": (
+        run_glue,
+        GLUE.replace("reviews", "damaged"),
         "`--dataset_name` or the file must be a data set that can be read",
     ),
     "no data": (run_glue, GLUE.replace("--train_file {}/reviews.json", ""), "`--dataset_name` is required"),

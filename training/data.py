@@ -1,14 +1,13 @@
 """Raw data from the Hub, folders and files, and blocks of tokens for language modelling."""
 
 import hashlib
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, default_data_collator
 
 from .arguments import FILE_TYPES, DataArguments
@@ -39,7 +38,7 @@ def load_raw(data: DataArguments) -> dict[str, AnyDataset]:
             raw = _load_folder(Path(source).expanduser(), name or data.task_name, data.streaming)
         else:
             raw = load_dataset(source, name, streaming=data.streaming)
-    except (DatasetNotFoundError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError) as error:
         wanted = f"{source!r}" + (f" (configuration {name!r})" if name else "")
         raise ValueError(
             f"`--dataset_name` or the file must be a data set that can be read, got {wanted}: {error} Give a folder "
@@ -197,6 +196,3 @@ class MaskingCollator(DataCollatorForLanguageModeling):
 def first(dataset: Dataset, limit: int | None) -> Dataset:
     """Return the first `limit` rows, or all."""
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-
-
-Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
