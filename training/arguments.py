@@ -1,0 +1,257 @@
+"""What can be set on a command line or in a YAML file, and the checks that need no model and no data."""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+STAGES = ("baseline", "full", "downstream", "calibrate")
+# Learning rate of the thresholds by script and stage: those of the published code.
+THRESHOLD_LEARNING_RATES = {
+    ("clm", "full"): 1e-3,
+    ("clm", "downstream"): 5e-3,
+    ("clm", "calibrate"): 3e-3,
+    ("mlm", "full"): 5e-3,
+    ("glue", "downstream"): 0.05,
+    ("glue", "calibrate"): 0.07,
+}
+# Initial threshold by script, where neither the flag nor the checkpoint has one: those of the published code.
+INITIAL_THRESHOLDS = {"clm": 2.0, "mlm": 1.24, "glue": 2.5}
+FILE_TYPES = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and what makes it spiking."""
+
+    stage: str = field(
+        default="",
+        metadata={
+            "help": "baseline: the stock model as it is; full: QCFS on a large corpus; downstream: QCFS on the task; "
+            "calibrate: fine thresholds for T timesteps.",
+            "choices": ["", *STAGES],
+        },
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to start from: a stock or FAS one, a folder or a name on the Hub."}
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "Train from scratch with this configuration (folder, file or name on the Hub)."},
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Changes to --config_name, as in n_embd=128,n_layer=2,n_head=4."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer, if not that of the model; may be a SentencePiece .model file."}
+    )
+    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Accepted for published command lines."})
+    L: int | None = field(default=None, metadata={"help": "Quantisation levels; the checkpoint's, or 8."})
+    T: list[int] = field(
+        default_factory=list, metadata={"help": "Timesteps to evaluate the spiking network at; several are allowed."}
+    )
+    calib_T: int | None = field(default=None, metadata={"help": "Timesteps to calibrate for."})
+    granularity: str = field(
+        default="neuron",
+        metadata={"help": "Who shares a fine threshold.", "choices": ["layer", "neuron", "position"]},
+    )
+    initial_threshold: float | None = field(
+        default=None, metadata={"help": "Threshold of a site for which the checkpoint has none."}
+    )
+
+    def check(self, script: str, stages: Sequence[str], do_eval: bool) -> None:
+        """Raise for settings that contradict each other; `stages` are those of the script."""
+        self.stage = self.stage or ("full" if script == "mlm" else "downstream")
+        if self.stage not in stages:
+            raise ValueError(f"`--stage` must be one of {', '.join(stages)} for run_{script}, got {self.stage!r}.")
+        if self.model_name_or_path is None and (self.config_name is None or self.stage == "calibrate"):
+            raise ValueError(
+                "`--model_name_or_path` is required: a checkpoint to start from. To train from scratch give "
+                "--config_name and --tokenizer_name instead."
+            )
+        for name, values in (("L", [self.L]), ("calib_T", [self.calib_T])):
+            if values[0] is not None and values[0] < 1:
+                raise ValueError(f"`--{name}` must be at least 1, got {values[0]}.")
+        if any(T < 0 for T in self.T):
+            raise ValueError(f"`--T` must hold numbers of timesteps, 0 or more, got {self.T}.")
+        if any(self.T) and not do_eval:
+            raise ValueError(
+                f"`--T` names the timesteps of the spiking evaluation, got {self.T} without one. Add --do_eval, "
+                "or drop --T."
+            )
+        if any(self.T) and self.stage == "baseline":
+            raise ValueError(f"`--T` has no meaning at --stage baseline, which trains a stock model, got {self.T}.")
+        if self.stage == "calibrate" and self.calib_T is None:
+            raise ValueError("`--calib_T` is required at --stage calibrate: the timesteps to calibrate for.")
+
+
+@dataclass
+class DataArguments:
+    """Which data, and how much of it."""
+
+    task_name: str | None = field(default=None, metadata={"help": "GLUE task."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset: a name on the Hub, or a local folder of parquet, csv or json files."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration, or sub-folder, of it."})
+    train_file: str | None = field(default=None, metadata={"help": "Training data: txt, csv, json(l) or parquet."})
+    validation_file: str | None = field(default=None, metadata={"help": "Validation data, of the same type."})
+    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data while training; needs --max_steps."})
+    text_columns: list[str] = field(
+        default_factory=list, metadata={"help": "Column of the text, or the two of a pair, if not the usual one."}
+    )
+    label_column: str = field(default="label", metadata={"help": "Column of the label."})
+    max_seq_length: int | None = field(default=None, metadata={"help": "Longest input in tokens; run_glue: 128."})
+    block_size: int | None = field(default=None, metadata={"help": "Length of a training text; run_clm: up to 1024."})
+    pad_to_max_length: bool = field(
+        default=False,
+        metadata={"help": "Pad every input to --max_seq_length rather than to the longest of its batch."},
+    )
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens to mask."})
+    add_eos: bool = field(default=False, metadata={"help": "End every document with the end-of-text token."})
+    validation_split_percentage: int = field(
+        default=5, metadata={"help": "Share of the training data to evaluate on where there is no validation split."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first so many training samples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first so many validation samples."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+    def check(self, script: str, do_train: bool, do_eval: bool) -> None:
+        """Raise for a source that is missing, ambiguous, or no file."""
+        files = {"train_file": self.train_file, "validation_file": self.validation_file}
+        if not (self.dataset_name or self.task_name or any(files.values())):
+            raise ValueError(
+                "`--dataset_name` is required, or --train_file and --validation_file"
+                + (", or --task_name." if script == "glue" else ".")
+            )
+        for name, value in files.items():
+            if value is None:
+                continue
+            if Path(value).suffix not in FILE_TYPES:
+                raise ValueError(f"`--{name}` must end in one of {', '.join(FILE_TYPES)}, got {value!r}.")
+            if not Path(value).is_file():
+                raise ValueError(f"`--{name}` must be a file that exists, got {value!r}.")
+        if any(files.values()):
+            if self.dataset_name:
+                raise ValueError(
+                    f"`--dataset_name` and files exclude each other, got {self.dataset_name!r} and {files}."
+                )
+            for wanted, name in ((do_train, "train_file"), (do_eval and script == "glue", "validation_file")):
+                if wanted and files[name] is None:
+                    raise ValueError(f"`--{name}` is required beside the other file, for what is to be done.")
+            if len({Path(value).suffix for value in files.values() if value}) > 1:
+                raise ValueError(f"`--validation_file` must be of the same type as --train_file, got {files}.")
+        looks_local = self.dataset_name and re.match(r"[./~]", self.dataset_name)
+        if looks_local and not Path(self.dataset_name).expanduser().is_dir():
+            raise ValueError(f"`--dataset_name` must be a folder that exists, got {self.dataset_name!r}.")
+        if self.streaming and script == "glue":
+            raise ValueError("`--streaming` is for run_clm and run_mlm; a GLUE task fits into memory.")
+        for name in ("max_train_samples", "max_eval_samples", "max_seq_length", "block_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`--{name}` must be at least 1, got {value}.")
+
+
+@dataclass
+class FASTrainingArguments(TrainingArguments):
+    """[`TrainingArguments`] with what spiking models need and what transformers 5 dropped."""
+
+    threshold_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of thresholds and initial potentials; by default by stage."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Start anew in an output folder that is not empty; its checkpoints are deleted."},
+    )
+
+    def __post_init__(self):
+        if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint.lower() in ("true", "false"):
+            self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        self.dataloader_pin_memory &= torch.cuda.is_available()
+        super().__post_init__()
+
+    def check(self, streaming: bool) -> None:
+        """Raise for a run that does nothing, has no end, or has nowhere to write."""
+        if not (self.do_train or self.do_eval):
+            raise ValueError("`--do_train` or `--do_eval` is required: there is nothing to do.")
+        if streaming and self.do_train and self.max_steps <= 0:
+            raise ValueError(
+                "`--max_steps` is required with --streaming, whose length is not known, "
+                f"got --max_steps {self.max_steps}."
+            )
+        check_output_dir(self)
+
+
+def check_output_dir(args: FASTrainingArguments) -> None:
+    """Raise for an output folder that cannot be written to, or that holds something and was not said to be used."""
+    if not args.output_dir or args.output_dir == "trainer_output":
+        raise ValueError("`--output_dir` is required: the folder for the model, its checkpoints and results.")
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"`--output_dir` must be a folder that can be written to, got {args.output_dir!r}: {error.strerror}."
+        ) from error
+    if args.do_train and not (args.overwrite_output_dir or args.resume_from_checkpoint):
+        found = sorted(entry.name for entry in folder.iterdir())
+        if found:
+            raise ValueError(
+                f"`--output_dir` must be empty, got {args.output_dir!r} with {', '.join(found[:3])}"
+                f"{', …' if len(found) > 3 else ''}. Add --resume_from_checkpoint true to go on with the last "
+                "complete checkpoint in it, --overwrite_output_dir to start anew, or choose another folder."
+            )
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, FASTrainingArguments]:
+    """Parse flags, or one YAML file and flags that take precedence over it."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, FASTrainingArguments))
+    flags = expand_yaml(sys.argv[1:] if argv is None else argv)
+    model, data, training = parser.parse_args_into_dataclasses(args=flags)
+    return model, data, training
+
+
+def expand_yaml(argv: Sequence[str]) -> list[str]:
+    """Replace a leading YAML file by its flags, so that both are read in the same way (9e-5 is a number in both)."""
+    if not argv or Path(argv[0]).suffix not in (".yaml", ".yml"):
+        return list(argv)
+    return [*to_flags(read_yaml(argv[0])), *argv[1:]]
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a YAML file that must hold a mapping."""
+    if not Path(path).is_file():
+        raise ValueError(f"The YAML file must exist, got {str(path)!r}.")
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"A YAML file must map flags to values, got {type(content).__name__} in {str(path)!r}.")
+    return content
+
+
+def to_flags(settings: dict[str, Any]) -> list[str]:
+    """Turn a mapping into command-line flags; a key without a value is left out."""
+    flags = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{name}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
+    return flags

@@ -1,0 +1,200 @@
+"""Raw data from the Hub, folders and files, and blocks of tokens for language modelling."""
+
+import hashlib
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetNotFoundError
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, default_data_collator
+
+from .arguments import FILE_TYPES, DataArguments
+
+
+AnyDataset = Dataset | IterableDataset
+SHUFFLE_BUFFER = 10_000  # documents
+GLUE_REPOSITORY = "nyu-mll/glue"
+
+
+def load_raw(data: DataArguments) -> dict[str, AnyDataset]:
+    """Load the splits the arguments name.
+
+    Raises:
+        ValueError: if there is no such data set, or it is empty.
+    """
+    source = data.dataset_name or GLUE_REPOSITORY
+    name = data.dataset_config_name or (data.task_name if source == GLUE_REPOSITORY else None)
+    try:
+        if data.train_file or data.validation_file:
+            source = data.train_file or data.validation_file
+            files = {"train": data.train_file, "validation": data.validation_file}
+            files = {split: file for split, file in files.items() if file}
+            file_type = FILE_TYPES[Path(source).suffix]
+            options: dict[str, Any] = {"keep_linebreaks": True} if file_type == "text" else {}
+            raw = load_dataset(file_type, data_files=files, streaming=data.streaming, **options)
+        elif Path(source).expanduser().is_dir():
+            raw = _load_folder(Path(source).expanduser(), name or data.task_name, data.streaming)
+        else:
+            raw = load_dataset(source, name, streaming=data.streaming)
+    except (DatasetNotFoundError, OSError, ValueError) as error:
+        wanted = f"{source!r}" + (f" (configuration {name!r})" if name else "")
+        raise ValueError(
+            f"`--dataset_name` or the file must be a data set that can be read, got {wanted}: {error} Give a folder "
+            "or file on this machine, or a name on the Hub (and a connection to it)."
+        ) from error
+    for split, dataset in raw.items():
+        if isinstance(dataset, Dataset) and not len(dataset):
+            raise ValueError(
+                f"`--dataset_name` or the file must hold rows, got none in split {split!r} of {source!r}."
+            )
+    return dict(raw)
+
+
+def _load_folder(folder: Path, name: str | None, streaming: bool):
+    """Load a folder of data files, or the sub-folder or README configuration `name` of it."""
+    if name and (folder / name).is_dir():
+        folder, name = folder / name, None
+    if (folder / "dataset_dict.json").is_file():
+        saved = load_from_disk(str(folder))
+        return {split: each.to_iterable_dataset() for split, each in saved.items()} if streaming else saved
+    described = name if (folder / "README.md").is_file() and "configs:" in (folder / "README.md").read_text() else None
+    return load_dataset(str(folder), described, streaming=streaming)
+
+
+def columns_of(dataset: AnyDataset) -> list[str]:
+    """Return the column names, of a stream from its first row where they are not declared."""
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def require_columns(dataset: AnyDataset, columns: list[str], flag: str, split: str) -> None:
+    """Raise if the split lacks one of the columns."""
+    present = columns_of(dataset)
+    missing = [column for column in columns if column not in present]
+    if missing:
+        raise ValueError(f"`--{flag}` must name columns of the data, got {missing} in split {split!r} with {present}.")
+
+
+def require_split(raw: dict[str, AnyDataset], split: str) -> AnyDataset:
+    """Return a split, or raise naming those that exist."""
+    if split not in raw:
+        raise ValueError(f"The data must have a split {split!r}, got {', '.join(raw)}. --eval_split chooses another.")
+    return raw[split]
+
+
+def text_splits(
+    raw: dict[str, AnyDataset], data: DataArguments, do_train: bool, do_eval: bool
+) -> dict[str, AnyDataset]:
+    """Return the training and evaluation split of a corpus; evaluation takes a part of training where it has none."""
+    splits = {"train": require_split(raw, "train")} if do_train else {}
+    if do_eval and (data.eval_split in raw or data.eval_split != "validation"):
+        splits[data.eval_split] = require_split(raw, data.eval_split)
+    elif do_eval and data.streaming:
+        if data.max_eval_samples is None:
+            raise ValueError(
+                "`--max_eval_samples` is required to evaluate on a stream without a validation split: so many "
+                "documents are held out of training."
+            )
+        train = require_split(raw, "train")
+        splits = {"train": train.skip(data.max_eval_samples)} if do_train else {}
+        splits["validation"] = train.take(data.max_eval_samples)
+    elif do_eval:
+        share = data.validation_split_percentage / 100
+        parts = require_split(raw, "train").train_test_split(test_size=share, shuffle=False)
+        splits = {"train": parts["train"]} if do_train else {}
+        splits["validation"] = parts["test"]
+    return splits
+
+
+def text_column(dataset: AnyDataset, data: DataArguments, split: str) -> str:
+    """Return the column that holds the text of a corpus."""
+    if data.text_columns:
+        require_columns(dataset, data.text_columns[:1], "text_columns", split)
+        return data.text_columns[0]
+    columns = columns_of(dataset)
+    return "text" if "text" in columns or not columns else columns[0]
+
+
+def blocks(
+    dataset: AnyDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataArguments,
+    size: int,
+    *,
+    split: str,
+    seed: int | None = None,
+) -> AnyDataset:
+    """Tokenize a corpus and cut the joined documents into blocks of `size` tokens; what is left over is dropped.
+
+    Args:
+        dataset: Rows of documents.
+        tokenizer: Of the model.
+        data: Column, sample limit and number of processes.
+        size: Tokens in a block.
+        split: Its name, for messages.
+        seed: Shuffles a stream of documents and repeats it without end (training); None leaves it as it is.
+    """
+    column = text_column(dataset, data, split)
+    limit = data.max_train_samples if split == "train" else data.max_eval_samples
+    ending = tokenizer.eos_token if data.add_eos and tokenizer.eos_token else ""
+
+    def cut(batch: dict[str, list]) -> dict[str, list]:
+        texts = [text + ending for text in batch[column] if text]
+        joined = list(chain.from_iterable(tokenizer(texts)["input_ids"])) if texts else []
+        return {"input_ids": [joined[i : i + size] for i in range(0, len(joined) // size * size, size)]}
+
+    columns = columns_of(dataset)
+    if isinstance(dataset, IterableDataset):
+        if seed is not None:
+            dataset = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        cut_up = dataset.map(cut, batched=True, remove_columns=columns)
+        cut_up = cut_up if limit is None else cut_up.take(limit)
+        return cut_up if seed is None else cut_up.repeat(None)
+    cut_up = dataset.map(
+        cut, batched=True, remove_columns=columns, num_proc=data.preprocessing_num_workers, desc=f"Tokenizing {split}"
+    )
+    if not len(cut_up):
+        raise ValueError(
+            f"`--block_size` or --max_seq_length must be shorter than the text, got {size} tokens and a split "
+            f"{split!r} with fewer."
+        )
+    return cut_up if limit is None else cut_up.select(range(min(limit, len(cut_up))))
+
+
+def causal_collator(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack blocks of the same length; the labels are the inputs."""
+    batch = default_data_collator(rows)
+    return {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()}
+
+
+class MaskingCollator(DataCollatorForLanguageModeling):
+    """Masks each row as a function of its tokens, the seed and the epoch alone.
+
+    So a resumed run, another number of processes or of accumulation steps sees the same masks.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.15, seed: int = 0):
+        super().__init__(tokenizer=tokenizer, mlm_probability=mlm_probability)
+        self.base, self.epoch = seed, 0
+
+    def torch_mask_tokens(self, inputs, special_tokens_mask=None, offset_mapping=None):
+        rows = []
+        for i, row in enumerate(inputs):
+            key = f"{self.base} {self.epoch} {row.tolist()}".encode()
+            self.generator = torch.Generator().manual_seed(
+                int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
+            )
+            special = None if special_tokens_mask is None else special_tokens_mask[i : i + 1]
+            rows.append(super().torch_mask_tokens(inputs[i : i + 1].clone(), special))
+        masked, labels = zip(*rows, strict=True)
+        return torch.cat(masked), torch.cat(labels)
+
+
+def first(dataset: Dataset, limit: int | None) -> Dataset:
+    """Return the first `limit` rows, or all."""
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]

@@ -1,0 +1,71 @@
+"""Causal language modelling: QCFS on a large corpus (full), on the task (downstream), calibration (calibrate).
+
+python -m training.run_clm --stage downstream --model_name_or_path gpt2 --dataset_name wikitext …
+python -m training.run_clm settings.yaml
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import GPT2LMHeadModel
+
+from modeling_fas import FASGPT2LMHeadModel
+
+from .arguments import STAGES
+from .data import blocks, causal_collator, load_raw, text_splits
+from .runner import Run, load_model, start, train_and_evaluate
+from .tokenization import load_tokenizer
+from .trainers import FASCalibrationTrainer, FASTrainer
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Run one stage; returns the rows of its evaluation."""
+    run = start("clm", STAGES, argv)
+    args, data = run.training, run.data
+    size = block_size(run)
+    raw = text_splits(load_raw(data), data, args.do_train, args.do_eval)
+    tokenizer = load_tokenizer(run.model, "gpt2")
+    model = load_model(run, GPT2LMHeadModel, FASGPT2LMHeadModel, **from_scratch(run, tokenizer))
+    model.loss_type = "ForCausalLM"
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"`--tokenizer_name` must have at most the {model.config.vocab_size} tokens of the model, "
+            f"got {len(tokenizer)}."
+        )
+    with args.main_process_first(desc="tokenizing"):
+        splits = {
+            split: blocks(dataset, tokenizer, data, size, split=split, seed=args.seed if split == "train" else None)
+            for split, dataset in raw.items()
+        }
+    trainer_class = FASCalibrationTrainer if run.stage == "calibrate" else FASTrainer
+    args.prediction_loss_only = True
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=splits.pop("train", None),
+        processing_class=tokenizer,
+        data_collator=causal_collator,
+        threshold_learning_rate=run.threshold_learning_rate,
+    )
+    return train_and_evaluate(run, trainer, tokenizer, splits, perplexity=True)
+
+
+def block_size(run: Run) -> int:
+    """Return the length of a text: as asked for, at most the positions of the model, at most 1024 if not asked."""
+    positions = run.config.max_position_embeddings
+    size = run.data.block_size or run.data.max_seq_length or min(positions, 1024)
+    if size > positions:
+        raise ValueError(f"`--block_size` must be at most the {positions} positions of the model, got {size}.")
+    return size
+
+
+def from_scratch(run: Run, tokenizer) -> dict[str, Any]:
+    """Return what the tokenizer says about a model that has no checkpoint."""
+    if run.model.model_name_or_path:
+        return {}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **ids}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""A GLUE task, or own classification or regression data: QCFS fine-tuning (downstream), calibration (calibrate).
+
+python -m training.run_glue --stage downstream --model_name_or_path bert-base-cased --task_name sst2 …
+python -m training.run_glue settings.yaml
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import BertForSequenceClassification, DataCollatorWithPadding
+
+from modeling_fas import FASBertForSequenceClassification
+
+from .data import load_raw
+from .metrics import glue_metric
+from .runner import Run, load_model, start, train_and_evaluate
+from .tasks import Task, check_task_name, encode, find_task, select_splits
+from .tokenization import load_tokenizer
+from .trainers import FASCalibrationTrainer, FASTrainer
+
+
+DEFAULT_LENGTH = 128
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Run one stage; returns the rows of its evaluation."""
+    run = start("glue", ("baseline", "downstream", "calibrate"), argv)
+    args, data = run.training, run.data
+    check_task_name(data.task_name)
+    trained = check_trained(run)
+    length = data.max_seq_length = min(data.max_seq_length or DEFAULT_LENGTH, run.config.max_position_embeddings)
+    data.pad_to_max_length |= run.model.granularity == "position" and run.stage == "calibrate"
+
+    splits = select_splits(load_raw(data), data, args.do_train, args.do_eval)
+    labels = list(run.config.id2label.values()) if trained else None
+    task = find_task(splits, data, labels)
+    check_labels(run, task, trained)
+    tokenizer = load_tokenizer(run.model, "bert")
+    model = load_model(run, BertForSequenceClassification, FASBertForSequenceClassification, **label_settings(task))
+    with args.main_process_first(desc="tokenizing"):
+        encoded = {split: encode(dataset, tokenizer, task, data, length, split) for split, dataset in splits.items()}
+    trainer_class = FASCalibrationTrainer if run.stage == "calibrate" else FASTrainer
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=encoded.pop("train", None),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=glue_metric(task.metric),
+        threshold_learning_rate=run.threshold_learning_rate,
+    )
+    return train_and_evaluate(run, trainer, tokenizer, encoded)
+
+
+def check_trained(run: Run) -> bool:
+    """Return whether the checkpoint is a trained classifier, and raise if it is none and must be one."""
+    trained = any("SequenceClassification" in name for name in run.config.architectures or ())
+    if not trained and (run.stage == "calibrate" or not run.training.do_train):
+        wanted = "--stage calibrate" if run.stage == "calibrate" else "evaluation without --do_train"
+        raise ValueError(
+            f"`--model_name_or_path` must be fine-tuned on the task for {wanted}, got a checkpoint of "
+            f"{', '.join(run.config.architectures or ['no class'])}. Run --stage downstream --do_train first."
+        )
+    return trained and (run.stage == "calibrate" or not run.training.do_train)
+
+
+def check_labels(run: Run, task: Task, trained: bool) -> None:
+    """Raise if a trained classifier is for other labels."""
+    if trained and run.config.num_labels != task.num_labels:
+        raise ValueError(
+            f"`--model_name_or_path` must be fine-tuned on this task, got a checkpoint with {run.config.num_labels} "
+            f"labels for data with {task.num_labels}."
+        )
+
+
+def label_settings(task: Task) -> dict[str, Any]:
+    """Return the label settings of the configuration."""
+    names = task.labels or ["score"]
+    return {
+        "problem_type": task.problem_type,
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+if __name__ == "__main__":
+    main()

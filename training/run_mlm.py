@@ -1,0 +1,52 @@
+"""Masked language modelling: QCFS fine-tuning of a BERT on a large corpus, before its task.
+
+python -m training.run_mlm --model_name_or_path bert-base-cased --dataset_name wikitext …
+python -m training.run_mlm settings.yaml
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import BertForMaskedLM
+
+from modeling_fas import FASBertForMaskedLM
+
+from .data import MaskingCollator, blocks, load_raw, text_splits
+from .runner import load_model, start, train_and_evaluate
+from .tokenization import load_tokenizer
+from .trainers import FASTrainer
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Run the stage; returns the rows of its evaluation."""
+    run = start("mlm", ("full", "baseline"), argv)
+    args, data = run.training, run.data
+    positions = run.config.max_position_embeddings
+    size = data.max_seq_length or data.block_size or min(positions, 1024)
+    if size > positions:
+        raise ValueError(f"`--max_seq_length` must be at most the {positions} positions of the model, got {size}.")
+    raw = text_splits(load_raw(data), data, args.do_train, args.do_eval)
+    tokenizer = load_tokenizer(run.model, "bert")
+    if tokenizer.mask_token is None:
+        raise ValueError("`--tokenizer_name` must have a mask token for masked language modelling, got none.")
+    settings = {} if run.model.model_name_or_path else {"vocab_size": len(tokenizer)}
+    model = load_model(run, BertForMaskedLM, FASBertForMaskedLM, **settings)
+    with args.main_process_first(desc="tokenizing"):
+        splits = {
+            split: blocks(dataset, tokenizer, data, size, split=split, seed=args.seed if split == "train" else None)
+            for split, dataset in raw.items()
+        }
+    args.prediction_loss_only = True
+    trainer = FASTrainer(
+        model=model,
+        args=args,
+        train_dataset=splits.pop("train", None),
+        processing_class=tokenizer,
+        data_collator=MaskingCollator(tokenizer, data.mlm_probability, seed=args.seed),
+        threshold_learning_rate=run.threshold_learning_rate,
+    )
+    return train_and_evaluate(run, trainer, tokenizer, splits, perplexity=True)
+
+
+if __name__ == "__main__":
+    main()

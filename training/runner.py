@@ -1,0 +1,197 @@
+"""What the three scripts share: checks, models, training, evaluation, results."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.utils import logging
+
+from configuration_fas import FASConfig
+
+from .arguments import (
+    INITIAL_THRESHOLDS,
+    THRESHOLD_LEARNING_RATES,
+    DataArguments,
+    FASTrainingArguments,
+    ModelArguments,
+    parse_arguments,
+)
+from .checkpoints import checkpoint_to_resume, remove_checkpoints
+from .data import AnyDataset
+from .evaluation import evaluate_modes
+from .results import markdown_table, write_results
+
+
+logger = logging.get_logger(__name__)
+
+RESULTS_FILE = "evaluation.json"
+
+
+@dataclass
+class Run:
+    """One stage of one script, checked: nothing was loaded or downloaded yet but the configuration of the model."""
+
+    script: str
+    model: ModelArguments
+    data: DataArguments
+    training: FASTrainingArguments
+    config: Any
+    command: list[str]
+
+    @property
+    def stage(self) -> str:
+        return self.model.stage
+
+    @property
+    def spiking(self) -> bool:
+        return self.stage != "baseline"
+
+    @property
+    def threshold_learning_rate(self) -> float | None:
+        if self.training.threshold_learning_rate is not None:
+            return self.training.threshold_learning_rate
+        return THRESHOLD_LEARNING_RATES.get((self.script, self.stage))
+
+
+def start(script: str, stages: Sequence[str], argv: Sequence[str] | None) -> Run:
+    """Parse and check the arguments of a script, read the configuration of the model, seed everything."""
+    given = sys.argv[1:] if argv is None else argv
+    model, data, training = parse_arguments(given)
+    model.check(script, stages, training.do_eval)
+    data.check(script, training.do_train, training.do_eval)
+    training.check(data.streaming)
+    if training.fp16 and training.device.type == "cpu":
+        logger.warning("--fp16 has no effect on a CPU: the run is in float32. --bf16 would have one.")
+    level = training.get_process_log_level()
+    logging.set_verbosity(level)
+    logging.enable_default_handler()
+    config = read_config(model, script)
+    set_seed(training.seed)
+    return Run(script, model, data, training, config, ["-m", f"training.run_{script}", *given])
+
+
+def read_config(model: ModelArguments, script: str) -> Any:
+    """Read the configuration of the checkpoint, or of the model to train from scratch, and check that it fits.
+
+    Raises:
+        ValueError: for a checkpoint of another architecture, or one to calibrate that never was a QCFS network.
+    """
+    backbone = "gpt2" if script == "clm" else "bert"
+    source = model.model_name_or_path or model.config_name
+    flag = "model_name_or_path" if model.model_name_or_path else "config_name"
+    options: dict[str, Any] = {"revision": model.model_revision}
+    try:
+        config = (AutoConfig if model.stage == "baseline" else FASConfig).from_pretrained(source, **options)
+        raw_type, _ = FASConfig.get_config_dict(source, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`--{flag}` must be a {backbone} checkpoint (a folder, or a name on the Hub), got {source!r}: {error}"
+        ) from error
+    kind = raw_type.get("model_type")
+    if kind not in ((backbone,) if model.stage == "baseline" else (backbone, f"fas_{backbone}")):
+        raise ValueError(f"`--{flag}` must be a {backbone} checkpoint for run_{script}, got one of type {kind!r}.")
+    if model.stage == "calibrate" and not str(kind).startswith("fas_"):
+        raise ValueError(
+            f"`--model_name_or_path` must be fine-tuned with QCFS before --stage calibrate, got the stock checkpoint "
+            f"{source!r}. Run --stage downstream first."
+        )
+    if model.config_overrides and not model.model_name_or_path:
+        config.update_from_string(model.config_overrides)
+    if model.stage != "baseline":
+        config.T = 0
+        config.L = model.L or config.L
+        if model.initial_threshold is not None:
+            config.initial_threshold = model.initial_threshold
+        elif not str(kind).startswith("fas_"):
+            config.initial_threshold = INITIAL_THRESHOLDS[script]
+    return config
+
+
+def load_model(run: Run, stock_class: Any, spiking_class: Any, **settings: Any) -> Any:
+    """Load the model of a run in float32 (parameters are trained in it), or build it from a configuration.
+
+    Args:
+        run: The run.
+        stock_class: Of the baseline.
+        spiking_class: Of every other stage.
+        **settings: Of the configuration.
+    """
+    model_class = spiking_class if run.spiking else stock_class
+    for name, value in settings.items():
+        setattr(run.config, name, value)
+    if run.model.model_name_or_path is None:
+        return model_class(run.config)
+    model = model_class.from_pretrained(
+        run.model.model_name_or_path, config=run.config, revision=run.model.model_revision, dtype="float32"
+    )
+    if run.stage == "calibrate":
+        _begin_calibration(run, model)
+    return model
+
+
+def _begin_calibration(run: Run, model: Any) -> None:
+    """Give a QCFS model fine thresholds; one that has them goes on from where it is."""
+    thresholds = [neuron.threshold for _, neuron in model.neurons()]
+    if all(bool((threshold == model.config.initial_threshold).all()) for threshold in thresholds):
+        raise ValueError(
+            "`--model_name_or_path` must be fine-tuned with QCFS before --stage calibrate, got "
+            f"{run.model.model_name_or_path!r} with every threshold at its start. Run --stage downstream first."
+        )
+    wanted = (run.model.calib_T, run.model.granularity)
+    if model.config.calib_T is None:
+        length = model.config.max_position_embeddings
+        length = min(length, run.data.block_size or run.data.max_seq_length or length)
+        model.begin_calibration(*wanted, length=length if run.model.granularity == "position" else None)
+    elif (model.config.calib_T, model.config.granularity) != wanted:
+        raise ValueError(
+            f"`--calib_T` and --granularity must be those the checkpoint was calibrated with, "
+            f"{model.config.calib_T} and {model.config.granularity!r}, got {wanted[0]} and {wanted[1]!r}. "
+            "Start from the checkpoint before calibration instead."
+        )
+
+
+def train_and_evaluate(
+    run: Run,
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_splits: dict[str, AnyDataset],
+    *,
+    perplexity: bool = False,
+) -> list[dict[str, Any]]:
+    """Train, save the model, evaluate it in every mode, and write the results beside it; returns the rows."""
+    args, output_dir = run.training, Path(run.training.output_dir or "")
+    summary: dict[str, Any] = {}
+    if args.do_train:
+        checkpoint = checkpoint_to_resume(args)
+        if checkpoint is None and args.overwrite_output_dir and args.should_save:
+            remove_checkpoints(output_dir)
+        trainer.accelerator.wait_for_everyone()
+        summary = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.save_state()
+    if run.stage == "calibrate":
+        trainer.model.set_timesteps(run.model.calib_T, "stepwise")
+    if args.do_train:
+        trainer.save_model()
+        tokenizer.save_pretrained(output_dir) if args.should_save else None
+    rows = evaluate_modes(trainer, eval_splits, run.model.T, perplexity=perplexity) if args.do_eval else []
+    if args.should_save:
+        write_results(
+            output_dir / RESULTS_FILE,
+            metrics=rows,
+            configuration={
+                "model": asdict(run.model),
+                "data": asdict(run.data),
+                "training": args.to_dict(),
+                "config": run.config.to_dict(),
+            },
+            command=["python", *run.command],
+            training=summary,
+        )
+        logger.info("\n" + markdown_table(rows))
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.end_training()
+    return rows

@@ -1,0 +1,71 @@
+"""Tokenizers: what AutoTokenizer loads, and bare SentencePiece models."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, BertGenerationTokenizer, BigBirdTokenizer, PreTrainedTokenizerBase
+
+from .arguments import ModelArguments
+
+
+SENTENCEPIECE_FILE = "spiece.model"
+_PROBE = "The quick brown fox, 12 times: “naïve”  Übermut & co."
+
+
+def load_tokenizer(model: ModelArguments, backbone: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model: byte-level BPE, WordPiece, or SentencePiece.
+
+    A SentencePiece model is given as a `.model` file, or as a folder with a `spiece.model` and no tokenizer
+    configuration, in `--tokenizer_name`.
+
+    Args:
+        model: Where it is.
+        backbone: `"gpt2"` (no special tokens are added) or `"bert"` (they are).
+    """
+    name = model.tokenizer_name or model.model_name_or_path or model.config_name
+    if name is None:
+        raise ValueError("`--tokenizer_name` is required to train from scratch.")
+    path = Path(name)
+    if path.is_dir() and (path / SENTENCEPIECE_FILE).is_file() and not (path / "tokenizer_config.json").is_file():
+        path = path / SENTENCEPIECE_FILE
+    if path.suffix == ".model":
+        if not path.is_file():
+            raise ValueError(f"`--tokenizer_name` must be a SentencePiece model that exists, got {name!r}.")
+        return sentencepiece_tokenizer(path, backbone)
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=model.model_revision, use_fast=model.use_fast_tokenizer)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`--tokenizer_name` must hold a tokenizer, got {name!r}: {error}") from error
+
+
+def sentencepiece_tokenizer(path: Path, backbone: str) -> PreTrainedTokenizerBase:
+    """Wrap a SentencePiece model in a class that `AutoTokenizer` loads again, with exactly its token ids."""
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+    def piece(number: int) -> str | None:
+        return pieces.id_to_piece(number) if number >= 0 else None
+
+    tokens = {
+        "bos_token": piece(pieces.bos_id()),
+        "eos_token": piece(pieces.eos_id()),
+        "unk_token": piece(pieces.unk_id()),
+        "pad_token": piece(pieces.pad_id()),
+    }
+    if backbone == "gpt2":
+        tokenizer = BertGenerationTokenizer(vocab_file=str(path), sep_token=None, **tokens)
+    else:
+        missing = [token for token in ("[CLS]", "[SEP]", "[MASK]") if pieces.piece_to_id(token) == pieces.unk_id()]
+        if missing or tokens["pad_token"] is None:
+            raise ValueError(
+                f"`--tokenizer_name` must hold [CLS], [SEP], [MASK] and a padding piece for a BERT backbone, got "
+                f"{str(path)!r} without {', '.join(missing) or 'padding'}. Train it with "
+                "user_defined_symbols=[CLS],[SEP],[MASK] and pad_id=0."
+            )
+        tokenizer = BigBirdTokenizer.from_pretrained(str(path.parent), vocab_file=str(path), **tokens)
+    if tokenizer(_PROBE, add_special_tokens=False).input_ids != pieces.encode(_PROBE):
+        raise ValueError(
+            f"`--tokenizer_name` must be a SentencePiece model of type unigram for a {backbone} backbone, got "
+            f"{str(path)!r}, whose tokens transformers cannot reproduce."
+        )
+    return tokenizer

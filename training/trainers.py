@@ -1,0 +1,147 @@
+"""Trainers for spiking models: thresholds train on their own terms, and every batch split gives the same gradients."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import BertPreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .calibration import calibration_loss
+from .checkpoints import unmark
+
+
+THRESHOLD_NAMES = ("threshold", "initial_potential")
+
+
+def is_threshold(name: str) -> bool:
+    """Return whether a parameter is a threshold, a fine threshold or an initial potential."""
+    return name.endswith(THRESHOLD_NAMES)
+
+
+def batch_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    """Loss of a BERT head as a share of the whole accumulated batch: summed here, divided by all of its labels.
+
+    The loss of the stock heads is a mean over one micro-batch; the mean of such means is another number where
+    micro-batches hold different numbers of masked tokens.
+
+    Args:
+        outputs: With `logits`: `(B, S, vocabulary)`, `(B, classes)` or `(B, 1)` for regression.
+        labels: `(B, S)` or `(B,)`; -100 takes no part, and floats make it a regression.
+        num_items_in_batch: Labels in all micro-batches and processes of the step; those at hand by default.
+    """
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    if labels.is_floating_point():
+        total = F.mse_loss(logits.squeeze(-1).float(), labels.float(), reduction="sum")
+        count = labels.numel()
+    else:
+        total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
+        count = labels.ne(-100).sum().clamp(min=1)
+    return total / (count if num_items_in_batch is None else num_items_in_batch)
+
+
+class _AfterEachStep(TrainerCallback):
+    """Keeps thresholds positive, and tells the data of the epoch."""
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if hasattr(self.collator, "epoch"):
+            self.collator.epoch = int(state.epoch or 0)
+
+    def on_optimizer_step(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        if model is not None and hasattr(model, "clamp_thresholds_"):
+            model.clamp_thresholds_()
+
+
+class FASTrainer(Trainer):
+    """[`Trainer`] for QCFS fine-tuning; a stock model trains with it as with `Trainer`.
+
+    Thresholds and initial potentials have their own parameter group (own learning rate, no weight decay) and are kept
+    positive after every step. Accumulated gradients are those of the large batch, also for BERT, whose stock heads
+    average over each micro-batch. A checkpoint has its `trainer_state.json` only when all else of it is written.
+
+    Args:
+        threshold_learning_rate: Of that group; `args.learning_rate` by default.
+    """
+
+    def __init__(
+        self, *args, threshold_learning_rate: float | None = None, compute_loss_func: Callable | None = None, **kwargs
+    ):
+        model = kwargs["model"] if "model" in kwargs else args[0]
+        if compute_loss_func is None and isinstance(model, BertPreTrainedModel):
+            compute_loss_func = batch_loss
+        super().__init__(*args, compute_loss_func=compute_loss_func, **kwargs)
+        self.threshold_learning_rate = threshold_learning_rate
+        self.add_callback(_AfterEachStep(self.data_collator))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        parameters = (self.model if model is None else model).named_parameters()
+        thresholds = [parameter for name, parameter in parameters if parameter.requires_grad and is_threshold(name)]
+        own = {id(parameter) for parameter in thresholds}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        if thresholds:
+            rate = self.args.learning_rate if self.threshold_learning_rate is None else self.threshold_learning_rate
+            optimizer.add_param_group({"params": thresholds, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _save_checkpoint(self, model, trial, *args, **kwargs):
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            unmark(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial, *args, **kwargs)
+
+
+class FASCalibrationTrainer(FASTrainer):
+    """Trains fine thresholds and initial potentials alone, to make the spiking network follow its ANN.
+
+    The model must be calibrated (`model.begin_calibration`). All other parameters are frozen and dropout is off, since
+    every timestep and the teacher must see the same network. Evaluation is that of the spiking network at
+    `config.calib_T`, never the calibration loss.
+
+    Args:
+        loss_settings: Further keyword arguments of [`training.calibration.calibration_loss`].
+    """
+
+    def __init__(self, model: nn.Module, *args, loss_settings: dict[str, Any] | None = None, **kwargs):
+        if model.config.calib_T is None:
+            raise ValueError("`model` must have fine thresholds to calibrate. Call model.begin_calibration(T) first.")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith(("fine_threshold", "initial_potential")))
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model.set_timesteps(model.config.calib_T, "stepwise")
+        super().__init__(model, *args, **kwargs)
+        self.loss_settings = loss_settings or {}
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        """Rows and tokens of the whole accumulated batch, over all processes: the means of the loss are over them."""
+        if not self.model.training:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        counts = torch.stack([_counts(batch) for batch in batch_samples]).sum(0).to(device)
+        return self.accelerator.reduce(counts, "sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        counts = _counts(inputs) if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
+        result = calibration_loss(model, inputs, num_rows=counts[0], num_tokens=counts[1], **self.loss_settings)
+        return (result.loss, result) if return_outputs else result.loss
+
+
+def _counts(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the numbers of rows and of tokens that are not padding."""
+    ids = inputs["input_ids"]
+    tokens = inputs["attention_mask"].sum() if inputs.get("attention_mask") is not None else torch.tensor(ids.numel())
+    return torch.stack([torch.tensor(ids.shape[0], device=tokens.device), tokens])
