@@ -80,7 +80,13 @@ def test_gpt2_stepwise_by_hand():
     operations = count_operations(gpt2(), 5, execution="stepwise", T=4, spike_rates=0.25)
     # Before the first site everything runs once; so does the head, on the time average.
     first = {("qkv", 0): 192, ("scores", 0): 40, ("values", 0): 40, ("attention output", 0): 64, ("mlp in", 0): 256}
-    second = {("qkv", 1): 768, ("scores", 1): 160, ("values", 1): 160, ("attention output", 1): 256, ("mlp in", 1): 1024}
+    second = {
+        ("qkv", 1): 768,
+        ("scores", 1): 160,
+        ("values", 1): 160,
+        ("attention output", 1): 256,
+        ("mlp in", 1): 1024,
+    }
     products = first | second | {("head", None): 160}
     assert by_part(operations, "effective_macs") == products
     assert by_part(operations, "dense") == products | {("mlp out", 0): 4 * 256, ("mlp out", 1): 4 * 256}
@@ -187,9 +193,7 @@ def test_ratios_of_gpt2_small():
 
 def test_report_beside_the_ann():
     model = gpt2()
-    report = energy_report(
-        model, 5, execution="stepwise", T=4, spike_rates=0.25, densities=0.5, mac_pj=2.0, ac_pj=1.0
-    )
+    report = energy_report(model, 5, execution="stepwise", T=4, spike_rates=0.25, densities=0.5, mac_pj=2.0, ac_pj=1.0)
     assert report["ann_energy_pj"] == 2 * 1856
     assert report["ratio"] == (2 * 3120 + 512 + 320) / (2 * 1856)
     assert report["ratio"] > 1

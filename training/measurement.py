@@ -127,7 +127,9 @@ def early_exit_curve(
     Returns:
         One mapping for each t: `t` and the quality.
     """
-    last, head = (model.transformer.ln_f, model.lm_head) if metric == PERPLEXITY else (model.bert.pooler, model.classifier)
+    last, head = (
+        (model.transformer.ln_f, model.lm_head) if metric == PERPLEXITY else (model.bert.pooler, model.classifier)
+    )
     qualities = [_quality(metric) for _ in range(T)]
     states: list[torch.Tensor] = []
     handle = last.register_forward_hook(lambda module, inputs, output: states.append(output))
@@ -346,7 +348,7 @@ def _prepare(model: Any, mode: Mode, stock: Any = None) -> nn.Module:
 
 
 def _inputs(batch: Batch) -> Batch:
-    """What the model sees: no labels, and no mask where nothing is padded (which lets attention take its fast path)."""
+    """What the model sees: no labels, and no mask where nothing is padded, as attention is faster without."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if bool(inputs["attention_mask"].all()):
         del inputs["attention_mask"]
