@@ -209,7 +209,7 @@ def test_rates_by_site():
     rates = dict(zip(names, (0.5, 0.25, 0.0), strict=True))
     acs = by_part(count_operations(model, 4, execution="layerwise", T=2, spike_rates=rates), "effective_acs")
     assert acs == {("mlp out", 0): 128, ("mlp out", 1): 64}
-    with pytest.raises(ValueError, match="`spike_rates`.*pooler.activation"):
+    with pytest.raises(ValueError, match=r"`spike_rates`.*pooler\.activation"):
         count_operations(model, 4, execution="layerwise", T=2, spike_rates=dict.fromkeys(names[:-1], 0.5))
 
 

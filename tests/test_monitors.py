@@ -4,27 +4,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import tiny
 import training.monitors
-from configuration_fas import FASBertConfig, FASGPT2Config
-from modeling_fas import FASBertForMaskedLM, FASBertForSequenceClassification, FASGPT2LMHeadModel
 from training.monitors import RATE_BINS, SiteErrors, SpikeMonitor
 
 
-def gpt2(**settings):
-    sizes = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 30, "n_positions": 16, "initializer_range": 0.5}
-    settings = {"initial_threshold": 1.5, "L": 4, "bos_token_id": 0, "eos_token_id": 0} | settings
-    return FASGPT2LMHeadModel(FASGPT2Config(**sizes, **settings)).eval()
-
-
-def bert(model_class=FASBertForSequenceClassification, **settings):
-    sizes = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
-    sizes |= {"vocab_size": 30, "max_position_embeddings": 16, "initializer_range": 0.5, "initial_threshold": 1.0}
-    return model_class(FASBertConfig(**sizes, **settings)).eval()
-
-
-def padded_batch():
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
-    return {"input_ids": torch.randint(1, 30, mask.shape), "attention_mask": mask}
+TOKENS = 9 + 6 + 4  # of the batch, without padding
 
 
 def every_output(model, **inputs):
@@ -43,21 +28,20 @@ def every_output(model, **inputs):
 
 def calibrate(model, granularity):
     """Fine thresholds and initial potentials that all differ."""
-    model.begin_calibration(3, granularity, length=8)
+    model.begin_calibration(3, granularity, length=9)
     for _, neuron in model.neurons():
         neuron.fine_threshold.data.uniform_(0.3, 1.0)
         neuron.initial_potential.data.uniform_(0.2, 0.8)
 
 
-@pytest.mark.parametrize("make", [gpt2, bert, lambda: bert(FASBertForMaskedLM)], ids=["gpt2", "classifier", "mlm"])
+@pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("granularity", [None, "layer", "neuron", "position"])
 @pytest.mark.parametrize("schedule", ["stepwise", "layerwise"])
-def test_counts_are_those_of_all_activations(make, granularity, schedule, monkeypatch):
+def test_counts_are_those_of_all_activations(kind, granularity, schedule, monkeypatch):
     monkeypatch.setitem(training.monitors.CHUNK, "cpu", 100)  # several chunks
-    model, batch, T = make(), padded_batch(), 3
+    model, batch, T = tiny.model(kind), tiny.batch(kind), 3
     if granularity:
         calibrate(model, granularity)
-    # Spike trains of the first site of a stepwise run are those of the layerwise one; check each schedule by itself.
     kept = every_output(model.set_timesteps(T, schedule), **batch)
     with SpikeMonitor(model) as monitor, torch.no_grad():
         model(**batch)
@@ -65,28 +49,26 @@ def test_counts_are_those_of_all_activations(make, granularity, schedule, monkey
     assert list(monitor.sites) == [name for name, _ in model.neurons()]
     for name, neuron in model.neurons():
         threshold = neuron.threshold if granularity is None else neuron._fine(kept[name].shape[-2])[0]
-        spikes = kept[name].unflatten(0, (-1, 3)) / threshold  # (T, B, …), or (1, B, …) on average over T
-        spikes = spikes * (1 if schedule == "stepwise" else T)
-        assert torch.allclose(spikes, spikes.round(), atol=1e-4)
-        spikes = spikes.round()[:, real] if spikes.dim() == 4 else spikes.round()
-        tokens = 10 if spikes.dim() == 3 and spikes.shape[1] == 10 else 3
+        values = kept[name].unflatten(0, (-1, 3)) / threshold  # (T, B, …); layerwise (1, B, …), the average over T
+        values = values[:, real] if values.dim() == 4 else values
+        spikes = (values * (1 if schedule == "stepwise" else T)).round()
         site = monitor.sites[name]
         assert torch.equal(site.spikes, spikes.sum((0, 1)).double())
         assert torch.equal(site.active, (spikes > 0).sum((0, 1)).double())
-        assert (site.steps, site.values) == (T * tokens, tokens * len(spikes))
+        assert (site.steps, site.values) == (T * spikes.shape[1], spikes.shape[0] * spikes.shape[1])
         assert 0 < site.rate < 1
 
 
 def test_totals():
-    model, batch = bert().set_timesteps(4), padded_batch()
+    model, batch = tiny.model("classify").set_timesteps(4), tiny.batch("classify")
     with SpikeMonitor(model) as monitor, torch.no_grad():
         model(**batch)
     spikes = sum(site.spikes.sum() for site in monitor.sites.values())
-    assert monitor.spike_rate == pytest.approx(spikes.item() / (4 * (10 * 16 + 10 * 16 + 3 * 8)))
+    assert monitor.spike_rate == pytest.approx(spikes.item() / (4 * (3 * TOKENS * 48 + 3 * 32)))
 
 
 def test_ann_counts_as_layerwise_at_T_equal_L():
-    model, batch = gpt2(), padded_batch()
+    model, batch = tiny.model("gpt2", L=4), tiny.batch("gpt2")
     ann, layerwise = SpikeMonitor(model), SpikeMonitor(model)
     with torch.no_grad():
         with ann:
@@ -101,8 +83,8 @@ def test_ann_counts_as_layerwise_at_T_equal_L():
 @pytest.mark.parametrize("schedule", ["stepwise", "layerwise"])
 def test_around_generate(schedule):
     """Left-padded rows, a cache: the prompt counts without its padding, and every token fed back once."""
-    model = gpt2().set_timesteps(3, schedule)
-    ids = torch.randint(1, 30, (2, 5))
+    model = tiny.model("gpt2").set_timesteps(3, schedule)
+    ids = torch.randint(1, tiny.VOCABULARY, (2, 5))
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(ids, attention_mask=mask, **settings)
@@ -116,10 +98,10 @@ def test_around_generate(schedule):
 
 
 def test_calls_add_up_and_nothing_stays():
-    model, batch = gpt2().set_timesteps(3), padded_batch()
+    model, batch = tiny.model("gpt2").set_timesteps(3), tiny.batch("gpt2")
     before = model(**batch).logits
     monitor = SpikeMonitor(model)
-    for expected in (30, 60):
+    for expected in (3 * TOKENS, 6 * TOKENS):
         with monitor, torch.no_grad():
             assert torch.equal(model(**batch).logits, before)
         assert {site.steps for site in monitor.sites.values()} == {expected}
@@ -127,11 +109,11 @@ def test_calls_add_up_and_nothing_stays():
         raise RuntimeError("on purpose")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     held = [value for site in monitor.sites.values() for value in vars(site).values() if torch.is_tensor(value)]
-    assert all(value.numel() == 32 for value in held)
+    assert all(value.numel() == 4 * 32 for value in held)
 
 
 def test_gradients_pass():
-    model, batch = bert().set_timesteps(2), padded_batch()
+    model, batch = tiny.model("classify").set_timesteps(2), tiny.batch("classify")
     model(**batch).logits.sum().backward()
     expected = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
@@ -143,7 +125,7 @@ def test_gradients_pass():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype):
-    model, batch = gpt2().to(dtype).set_timesteps(3, "layerwise"), padded_batch()
+    model, batch = tiny.model("gpt2").to(dtype).set_timesteps(3, "layerwise"), tiny.batch("gpt2")
     with SpikeMonitor(model) as monitor, torch.no_grad():
         model(**batch)
     for site in monitor.sites.values():
@@ -152,7 +134,7 @@ def test_other_dtypes(dtype):
 
 
 def test_summary_of_dead_and_saturated_neurons():
-    model, batch = gpt2(), padded_batch()
+    model, batch = tiny.model("gpt2"), tiny.batch("gpt2")
     calibrate(model, "neuron")
     for _, neuron in model.neurons():
         neuron.fine_threshold.data[:10] = 1e3
@@ -162,7 +144,7 @@ def test_summary_of_dead_and_saturated_neurons():
         model.set_timesteps(3)(**batch)
     for site in monitor.sites.values():
         summary = site.summary()
-        assert summary["neurons"] == sum(summary["histogram"]) == 32
+        assert summary["neurons"] == sum(summary["histogram"]) == 4 * 32
         assert summary["dead"] == summary["histogram"][0] >= 10
         assert 10 <= summary["saturated"] <= summary["histogram"][-1]
         assert len(summary["histogram"]) == len(RATE_BINS)
@@ -170,7 +152,7 @@ def test_summary_of_dead_and_saturated_neurons():
 
 @pytest.mark.parametrize("schedule", ["stepwise", "layerwise"])
 def test_site_errors(schedule):
-    model, batch, T = bert(L=4), padded_batch(), 3
+    model, batch, T = tiny.model("classify", L=4), tiny.batch("classify"), 3
     calibrate(model, "neuron")
     with SiteErrors(model) as errors, torch.no_grad():
         model.set_timesteps(0)(**batch)
@@ -186,7 +168,7 @@ def test_site_errors(schedule):
 
 
 def test_site_errors_vanish_layerwise_at_T_equal_L():
-    model, batch = bert(L=4), padded_batch()
+    model, batch = tiny.model("classify", L=4), tiny.batch("classify")
     with SiteErrors(model) as errors, torch.no_grad():
         for T in (0, 4):
             model.set_timesteps(T, "layerwise")(**batch)
@@ -194,9 +176,9 @@ def test_site_errors_vanish_layerwise_at_T_equal_L():
 
 
 def test_site_errors_need_the_ann_first():
-    model = bert().set_timesteps(2)
+    model = tiny.model("classify").set_timesteps(2)
     with pytest.raises(ValueError, match="T = 0 first"), SiteErrors(model):
-        model(**padded_batch())
+        model(**tiny.batch("classify"))
 
 
 def test_a_stock_model_is_refused():

@@ -24,7 +24,7 @@ EXECUTIONS = ("ann", "stepwise", "layerwise", "replicated")
 NOT_COUNTED = (
     "memory traffic (weights, activations, membrane potentials, key-value cache)",
     "static power, control and spike routing",
-    "embedding look-ups, biases, residual additions, LayerNorm, softmax, GELU and tanh, and the clip and floor of QCFS",
+    "embedding look-ups, biases, residual additions, LayerNorm, softmax, GELU, tanh, and the clip and floor of QCFS",
     "comparing a membrane potential with its threshold, and averaging over time",
     "multiplying spikes by their threshold, which folds into the weights that follow",
 )

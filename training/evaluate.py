@@ -22,7 +22,7 @@ from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
 
 from .energy import AC_PJ, MAC_PJ
 from .examples import load_examples
-from .measurement import evaluate
+from .measurement import check_timesteps, evaluate
 from .report import write_report
 from .results import plain, read_results, write_results
 
@@ -94,6 +94,14 @@ def load_models(args: argparse.Namespace) -> tuple[Any, Any]:
     return model.to(args.device), stock
 
 
+def load_tokenizer(checkpoint: str) -> Any:
+    """Load the tokenizer of a checkpoint."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`checkpoint` must hold its tokenizer, got {checkpoint!r}: {error}") from error
+
+
 def _load(model_class: Any, source: str, flag: str) -> Any:
     try:
         model, info = model_class.from_pretrained(source, dtype="float32", output_loading_info=True)
@@ -107,9 +115,10 @@ def _load(model_class: Any, source: str, flag: str) -> Any:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure a checkpoint, write the results as they come, and the report at the end; returns the results."""
     args = parse_arguments(argv)
+    check_timesteps(args.T)
     check_writable(args.output_dir)
     model, stock = load_models(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    tokenizer = load_tokenizer(args.checkpoint)
     examples = load_examples(args, model, tokenizer)
     path = Path(args.output_dir) / RESULTS_FILE
     configuration = {
@@ -121,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "timesteps": args.T,
         "schedules": args.schedule,
         "batch_size": args.batch_size,
+        "mac_pj": args.mac_pj,
+        "ac_pj": args.ac_pj,
         "device": args.device,
     }
     finished = earlier_results(path, configuration, args.overwrite_output_dir)
@@ -177,8 +188,8 @@ def earlier_results(path: Path, configuration: dict[str, Any], overwrite: bool) 
     if overwrite:
         return None
     raise ValueError(
-        f"`--output_dir` must be empty or hold an interrupted run of the same settings, got {str(path)!r} with others. "
-        "Choose another folder, or add --overwrite_output_dir to replace the results in it."
+        f"`--output_dir` must be empty or hold an interrupted run of the same settings, got {str(path)!r} with "
+        "others. Choose another folder, or add --overwrite_output_dir to replace the results in it."
     )
 
 
@@ -192,4 +203,7 @@ def fingerprint(model: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

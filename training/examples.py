@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .arguments import DataArguments
@@ -26,8 +27,12 @@ def load_examples(args: Namespace, model: Any, tokenizer: Any) -> Examples:
     names = ("task_name", "dataset_name", "dataset_config_name", "validation_file", "eval_split", "text_columns")
     data = DataArguments(**{name: getattr(args, name) for name in (*names, "label_column", "add_eos")})
     data.check("evaluate", do_train=False, do_eval=True)
+    if data.validation_file and not Path(data.validation_file).stat().st_size:
+        raise ValueError(f"`--validation_file` must hold rows, got the empty file {data.validation_file!r}.")
     dataset = require_split(load_raw(data), args.eval_split)
-    source = {name: getattr(data, name) for name in names}
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"`--limit` must be at least 1, got {args.limit}.")
+    source = {name: getattr(data, name) for name in names} | {"limit": args.limit}
     limit = model.config.max_position_embeddings
     if hasattr(model, "lm_head"):
         window = args.window or min(limit, 1024)
@@ -40,7 +45,9 @@ def load_examples(args: Namespace, model: Any, tokenizer: Any) -> Examples:
         column = text_column(dataset, data, args.eval_split)
         ending = tokenizer.eos_token if args.add_eos else ""
         rows = windows((text + ending for text in dataset[column] if text), tokenizer, window, stride, args.limit)
-        return Examples(rows, PERPLEXITY, source | {"column": column, "window": window, "stride": stride})
+        return Examples(
+            rows, PERPLEXITY, source | {"column": column, "window": window, "stride": stride, "add_eos": args.add_eos}
+        )
     length = args.max_seq_length or min(limit, 128)
     classes = model.config.num_labels
     labels = [model.config.id2label[i] for i in range(classes)] if classes > 1 else None

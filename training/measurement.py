@@ -1,5 +1,6 @@
 """Quality, agreement with the ANN, spikes, energy and latency of one model over timesteps and schedules."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,7 +80,7 @@ def evaluate(
         ValueError: for anything missing or out of range, before anything runs.
     """
     _check(model, examples, metric, timesteps, schedules, batch_size)
-    results: dict[str, Any] = {"rows": [], **(finished or {})}
+    results: dict[str, Any] = {"rows": []} | copy.deepcopy(dict(finished or {}))
     batches = make_batches(examples, batch_size, pad_token_id, model.device)
     tokens = sum(len(example["input_ids"]) for example in examples)
     energy = {"length": tokens / len(examples), "mac_pj": mac_pj, "ac_pj": ac_pj}
@@ -314,11 +315,7 @@ def _check(model: Any, examples: Any, metric: str, timesteps: Any, schedules: An
     if metric not in ([PERPLEXITY] if causal else METRICS):
         known = PERPLEXITY if causal else ", ".join(METRICS)
         raise ValueError(f"`metric` must be one of {known} for {type(model).__name__}, got {metric!r}.")
-    if not timesteps or any(not isinstance(T, int) or T < 1 for T in timesteps) or len({*timesteps}) < len(timesteps):
-        raise ValueError(
-            f"`timesteps` must be different integers of at least 1, got {list(timesteps)}. "
-            "The QCFS ANN (T = 0) is always measured."
-        )
+    check_timesteps(timesteps)
     if not schedules or any(schedule not in SCHEDULES for schedule in schedules):
         raise ValueError(f"`schedules` must be some of {', '.join(SCHEDULES)}, got {list(schedules)}.")
     if batch_size < 1:
@@ -329,6 +326,15 @@ def _check(model: Any, examples: Any, metric: str, timesteps: Any, schedules: An
         missing = [name for name in ("input_ids", "labels") if example.get(name) is None]
         if missing:
             raise ValueError(f"`examples` must all have `input_ids` and `labels`, got number {i} without {missing}.")
+
+
+def check_timesteps(timesteps: Sequence[int]) -> None:
+    """Raise unless all are at least 1, and different."""
+    if not timesteps or any(not isinstance(T, int) or T < 1 for T in timesteps) or len({*timesteps}) < len(timesteps):
+        raise ValueError(
+            f"`timesteps` must be different integers of at least 1, got {list(timesteps)}. "
+            "The QCFS ANN (T = 0) is always measured."
+        )
 
 
 @contextmanager

@@ -31,20 +31,20 @@ NAMES = {"stock": "stock model", "qcfs": "QCFS ANN", "fas": "spiking"}
 HEADLINES = ("perplexity", "matthews_correlation", "spearmanr", "f1", "accuracy")
 
 NOTES = {
-    "QCFS ANN": "is the quantisation baseline: the same network with its activations plainly quantised to L levels, and "
-    "no spikes. Uncalibrated, the layerwise schedule at T = L computes exactly the same numbers, and at any other T "
-    "those of a network quantised to T levels: it is a quantised activation, run as a spiking layer. Only the stepwise "
-    "schedule passes spike trains from layer to layer.",
-    "Agreement": "is the share of predictions (of text: of next tokens) that are those of the QCFS ANN; logit error is "
-    "the norm of the difference to its logits, over their norm; the error of a site is the same for what it emits, on "
-    "average over time.",
+    "QCFS ANN": "is the quantisation baseline: the same network with its activations plainly quantised to L levels, "
+    "and no spikes. Uncalibrated, the layerwise schedule at T = L computes exactly the same numbers, and at any "
+    "other T those of a network quantised to T levels: it is a quantised activation, run as a spiking layer. Only "
+    "the stepwise schedule passes spike trains from layer to layer.",
+    "Agreement": "is the share of predictions (of text: of next tokens) that are those of the QCFS ANN; logit error "
+    "is the norm of the difference to its logits, over their norm; the error of a site is the same for what it "
+    "emits, on average over time.",
     "Spike rate": "is spikes per neuron and timestep, padding left out. Dead neurons never spike on this data; "
     "saturated ones do at more than 95 % of all timesteps.",
     "Energy": "counts every product as multiply-accumulates (MACs) but those that take spikes, after a neuron site: "
-    "they are accumulates (ACs), one for each spike and weight it meets. A ratio above 1 means that spiking costs more "
-    "than the same ANN. The zero-skipping ANN is the QCFS ANN on hardware that skips activations that are 0, which "
-    "quantisation alone provides. The last column is the stepwise ratio as published, with everything run T times; "
-    "here, what is the same at all timesteps runs once, and so does the head.",
+    "they are accumulates (ACs), one for each spike and weight it meets. A ratio above 1 means that spiking costs "
+    "more than the same ANN. The zero-skipping ANN is the QCFS ANN on hardware that skips activations that are 0, "
+    "which quantisation alone provides. The last column is the stepwise ratio as published, with everything run T "
+    "times; here, what is the same at all timesteps runs once, and so does the head.",
     "Latency": "is that of this code on the machine named above, which is no neuromorphic hardware.",
 }
 _STYLE = """
