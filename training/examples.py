@@ -29,7 +29,7 @@ def load_examples(args: Namespace, model: Any, tokenizer: Any) -> Examples:
     data.check("evaluate", do_train=False, do_eval=True)
     if data.validation_file and not Path(data.validation_file).stat().st_size:
         raise ValueError(f"`--validation_file` must hold rows, got the empty file {data.validation_file!r}.")
-    dataset = require_split(load_raw(data), args.eval_split)
+    dataset: Any = require_split(load_raw(data), args.eval_split)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"`--limit` must be at least 1, got {args.limit}.")
     source = {name: getattr(data, name) for name in names} | {"limit": args.limit}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from configuration_fas import SCHEDULES
 
@@ -293,7 +293,7 @@ def _measure(
     return row | {"seconds": time.perf_counter() - start}
 
 
-def _energy(model: Any, row: dict[str, Any], qcfs: dict[str, Any], **settings: Any) -> dict[str, Any]:
+def _energy(model: Any, row: dict[str, Any], qcfs: Any, **settings: Any) -> dict[str, Any]:
     """Energy of a row from its own spike rates, beside the ANN with and without skipping zeros."""
     densities = {site["site"]: site["density"] for site in qcfs["sites"]}
     if not row["T"]:

@@ -13,7 +13,7 @@ from modeling_fas import MIN_THRESHOLD
 
 
 # Values handled at a time: what a monitor needs beside its counts, four bytes each.
-CHUNK = {"cpu": 2**18, "cuda": 2**24}
+CHUNK = {"cpu": 2**20, "cuda": 2**24}
 # A neuron that fires in a larger share of all timesteps counts as saturated; one that never fires as dead.
 SATURATED_RATE = 0.95
 # Upper ends of the bins of the histogram of spike rates; the first bin holds the dead neurons.
@@ -160,14 +160,16 @@ class SpikeMonitor(_SiteHooks):
         weights = self._weights(output)
         steps = 1 if neuron.stepwise else neuron.T or neuron.L
         scale = steps / _threshold(neuron, output)
+        # Sums of float32 values round to exact counts; half precision and thresholds by position need each value's.
+        summable = output.dtype in (torch.float32, torch.float64) and scale.dim() < 2
         rows = max(1, CHUNK.get(output.device.type, CHUNK["cuda"]) // max(output[0].numel(), 1))
         for part, weight in zip(output.split(rows), weights.split(rows), strict=True):
-            spikes = (part.float() * scale).round_()
-            seen = torch.tensordot(weight, spikes, weight.dim())
+            counts = part if summable else (part.float() * scale).round_()
+            weight = weight.to(counts.dtype)
+            seen = torch.tensordot(weight, counts, weight.dim())
+            seen = (seen * scale).round_() if summable else seen
             site.spikes += seen
-            if not neuron.stepwise:
-                seen = torch.tensordot(weight, spikes.clamp_(max=1), weight.dim())
-            site.active += seen
+            site.active += seen if neuron.stepwise else torch.tensordot(weight, counts.sign(), weight.dim())
         values = int(weights.sum().item())
         site.values += values
         site.steps += values * steps

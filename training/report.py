@@ -179,8 +179,9 @@ def energy_plot(results: Mapping[str, Any]) -> Figure:
         axes.bar(range(len(rows)), heights, bottom=bottoms, color=COLOURS[part], label=part)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axes.axhline(1, color="0.3", linewidth=1)
-    skipping = rows[0]["energy"]["zero_skipping_ann_energy_pj"] / rows[0]["energy"]["ann_energy_pj"]
-    axes.axhline(skipping, color="0.3", linewidth=1, linestyle=":", label="ANN that skips zeros")
+    for row in rows[:1]:
+        skipping = row["energy"]["zero_skipping_ann_energy_pj"] / row["energy"]["ann_energy_pj"]
+        axes.axhline(skipping, color="0.3", linewidth=1, linestyle=":", label="ANN that skips zeros")
     labels = ["ANN" if not row["T"] else f"{row['schedule']}\nT = {row['T']}" for row in rows]
     axes.set_xticks(range(len(rows)), labels, fontsize=8)
     axes.set(ylabel="energy per token / ANN", title="energy by part")
