@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pandas as pd  # type: ignore[import-untyped]
 from matplotlib.figure import Figure
 
 from .energy import NOT_COUNTED
@@ -216,7 +216,7 @@ def _energy_cells(row: Mapping[str, Any]) -> dict[str, Any]:
         "energy, µJ": energy["energy_pj"] / 1e6,
         "ratio to ANN": energy["ratio"],
         "ratio to zero-skipping ANN": energy["ratio_to_zero_skipping_ann"],
-        "as published": energy.get("ratio_replicated"),
+        "ratio as published": energy.get("ratio_replicated"),
     }
 
 
@@ -237,7 +237,10 @@ def _title(results: Mapping[str, Any]) -> str:
 def _provenance(results: Mapping[str, Any]) -> list[str]:
     """Where the numbers come from."""
     configuration, hardware, versions = results["configuration"], results["hardware"], results["versions"]
-    data = ", ".join(f"{name} {value}" for name, value in configuration["data"].items() if value)
+    settings = {name: value for name, value in configuration["data"].items() if value}
+    data = ", ".join(
+        f"{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in settings.items()
+    )
     lines = [f"Data: {data}."]
     energy = next((row["energy"] for row in results["metrics"]["rows"] if "energy" in row), None)
     if energy is not None:
@@ -261,7 +264,7 @@ def _html(results: Mapping[str, Any], plots: Mapping[str, Path]) -> str:
         parts.append(f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">')
     for title, rows in tables(results).items():
         frame = pd.DataFrame(rows, dtype=object)
-        table = frame.to_html(index=False, border=0, na_rep="–", float_format="{:.4f}".format)
+        table = frame.mask(frame.isna(), "–").to_html(index=False, border=0, float_format="{:.4f}".format)
         if title.startswith("Sites"):
             parts.append(f"<details><summary>{escape(title)}</summary>{table}</details>")
         else:
