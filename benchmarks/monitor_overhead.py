@@ -15,14 +15,14 @@ from training.results import write_results
 
 
 MODELS = {  # random weights; thresholds at which about a tenth of the neurons fire
-    "all-MiniLM-L6-v2, 16 × 64 tokens": (
+    "MiniLM-L6, 8 × 64 tokens": (
         FASBertForSequenceClassification,
         FASBertConfig(
             num_hidden_layers=6, hidden_size=384, num_attention_heads=12, intermediate_size=1536, initial_threshold=0.5
         ),
-        (16, 64),
+        (8, 64),
     ),
-    "GPT-2 small, 1 × 512 tokens": (FASGPT2LMHeadModel, FASGPT2Config(initial_threshold=0.5), (1, 512)),
+    "GPT-2 small, 1 × 128 tokens": (FASGPT2LMHeadModel, FASGPT2Config(initial_threshold=0.5), (1, 128)),
 }
 MODES = [(0, "stepwise"), (4, "layerwise"), (4, "stepwise")]
 TARGETS = {"time": 1.05, "peak_memory": 1.01}
@@ -77,7 +77,7 @@ def compare(model: torch.nn.Module, ids: torch.Tensor, rounds: int) -> dict[str,
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "monitor_overhead.json")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -23,7 +23,7 @@ from .monitors import SiteErrors, SpikeMonitor
 
 
 PERPLEXITY = "perplexity"
-LATENCY_ROUNDS = 5
+LATENCY_ROUNDS = 3
 
 Batch = dict[str, torch.Tensor]
 
