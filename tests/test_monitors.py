@@ -43,7 +43,7 @@ def test_counts_are_those_of_all_activations(kind, granularity, schedule, monkey
     if granularity:
         calibrate(model, granularity)
     kept = every_output(model.set_timesteps(T, schedule), **batch)
-    with SpikeMonitor(model) as monitor, torch.no_grad():
+    with SpikeMonitor(model, densities=True) as monitor, torch.no_grad():
         model(**batch)
     real = batch["attention_mask"].bool()
     assert list(monitor.sites) == [name for name, _ in model.neurons()]
@@ -67,9 +67,17 @@ def test_totals():
     assert monitor.spike_rate == pytest.approx(spikes.item() / (4 * (3 * TOKENS * 48 + 3 * 32)))
 
 
+def test_densities_only_if_asked_for():
+    model = tiny.model("gpt2")
+    with SpikeMonitor(model) as monitor, torch.no_grad():
+        model(tiny.batch("gpt2")["input_ids"])
+    assert set(monitor.densities().values()) == {None}
+    assert monitor.spike_rate > 0
+
+
 def test_ann_counts_as_layerwise_at_T_equal_L():
     model, batch = tiny.model("gpt2", L=4), tiny.batch("gpt2")
-    ann, layerwise = SpikeMonitor(model), SpikeMonitor(model)
+    ann, layerwise = SpikeMonitor(model, densities=True), SpikeMonitor(model, densities=True)
     with torch.no_grad():
         with ann:
             model(**batch)

@@ -268,7 +268,7 @@ def _measure(
 ) -> dict[str, Any]:
     """One row of results: a pass over the data in one mode, each batch beside the ANN."""
     quality, agreement = _quality(metric), _Agreement()
-    monitor, errors = SpikeMonitor(model), SiteErrors(model)
+    monitor, errors = SpikeMonitor(model, densities=True), SiteErrors(model)
     start = time.perf_counter()
     with torch.inference_mode():
         for batch in _bar(batches, str(mode), progress):

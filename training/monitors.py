@@ -28,13 +28,14 @@ class SiteStatistics:
 
     Attributes:
         spikes: `(D,)` spikes of each neuron.
-        active: `(D,)` values other than 0 it emitted: spikes, in stepwise mode; else time averages above 0.
+        active: `(D,)` values other than 0 it emitted: spikes, in stepwise mode; else time averages above 0. `None`
+            where they are not counted.
         steps: Timesteps it was observed for, over all positions.
         values: Values it emitted: one a timestep in stepwise mode, else one a position.
     """
 
     spikes: torch.Tensor
-    active: torch.Tensor
+    active: torch.Tensor | None = None
     steps: int = 0
     values: int = 0
 
@@ -49,8 +50,10 @@ class SiteStatistics:
         return self.rates.mean().item()
 
     @property
-    def density(self) -> float:
-        """Share of the emitted values that are not 0."""
+    def density(self) -> float | None:
+        """Share of the emitted values that are not 0; `None` where they are not counted."""
+        if self.active is None:
+            return None
         return (self.active / max(self.values, 1)).mean().item()
 
     def summary(self) -> dict[str, Any]:
@@ -128,13 +131,15 @@ class SpikeMonitor(_SiteHooks):
 
     Args:
         model: A FAS model, in any mode.
+        densities: Count values other than 0 as well, which takes a copy and another sum of what is no spike train.
 
     Raises:
         ValueError: if the model has no neuron sites.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, densities: bool = False):
         super().__init__(model)
+        self.count_densities = densities
         self.sites: dict[str, SiteStatistics] = {}
 
     @property
@@ -147,15 +152,16 @@ class SpikeMonitor(_SiteHooks):
         """Spike rate of each site."""
         return {name: site.rate for name, site in self.sites.items()}
 
-    def densities(self) -> dict[str, float]:
-        """Share of values other than 0 of each site."""
+    def densities(self) -> dict[str, float | None]:
+        """Share of values other than 0 of each site; `None` where they are not counted."""
         return {name: site.density for name, site in self.sites.items()}
 
     def _see(self, name: str, neuron: Any, output: torch.Tensor) -> None:
         width = output.shape[-1]
         site = self.sites.get(name)
         if site is None:
-            counts = torch.zeros(2, width, dtype=torch.float64, device=output.device)
+            rows = 2 if self.count_densities else 1
+            counts = torch.zeros(rows, width, dtype=torch.float64, device=output.device)
             site = self.sites[name] = SiteStatistics(*counts)
         weights = self._weights(output)
         steps = 1 if neuron.stepwise else neuron.T or neuron.L
@@ -169,7 +175,8 @@ class SpikeMonitor(_SiteHooks):
             seen = torch.tensordot(weight, counts, weight.dim())
             seen = (seen * scale).round_() if summable else seen
             site.spikes += seen
-            site.active += seen if neuron.stepwise else torch.tensordot(weight, counts.sign(), weight.dim())
+            if site.active is not None:
+                site.active += seen if neuron.stepwise else torch.tensordot(weight, counts.sign(), weight.dim())
         values = int(weights.sum().item())
         site.values += values
         site.steps += values * steps
