@@ -7,8 +7,8 @@ SHELL := bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 JOBS ?= 2
 ARGS ?=
-BENCHMARKS ?= $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
-MATRIX_TESTS ?= tests/test_models.py tests/test_remote_code.py tests/test_generation.py
+BENCHMARKS ?= benchmarks/run.py
+MATRIX_TESTS ?= tests/test_configuration.py tests/test_goldens.py tests/test_models.py tests/test_generation.py tests/test_loading.py
 
 VENV := .venv
 OLD_VENV := .venv-transformers4
@@ -43,8 +43,7 @@ style: $(VENV)/.installed ## format, and fix what lint can fix
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
-bench: $(VENV)/.installed ## every script in benchmarks/, one CPU thread (BENCHMARKS="benchmarks/x.py" for one)
-	@test -n "$(BENCHMARKS)" || { echo "there are no scripts in benchmarks/" >&2; exit 1; }
+bench: $(VENV)/.installed ## the benchmarks of speed, one CPU thread (BENCHMARKS="benchmarks/x.py" for one)
 	for script in $(BENCHMARKS); do OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=. $(RUN) $$script $(ARGS); done
 
 clean: ## remove the virtual environments and the tools' caches

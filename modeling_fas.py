@@ -20,6 +20,7 @@ from transformers import (
     BertModel,
     GPT2LMHeadModel,
     GPT2Model,
+    PreTrainedModel,
 )
 from transformers.models.bert.modeling_bert import BertLayer, BertOutput, BertPredictionHeadTransform
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
@@ -27,7 +28,7 @@ from transformers.utils import can_return_tuple
 
 
 try:
-    from .configuration_fas import FASBertConfig, FASGPT2Config, __version__
+    from .configuration_fas import FASBertConfig, FASGPT2Config, __version__  # type: ignore[import-not-found]
 except ImportError:
     from configuration_fas import FASBertConfig, FASGPT2Config, __version__
 
@@ -48,6 +49,8 @@ __all__ = [
 # A threshold below this counts as this much; keeps x / threshold finite in every dtype.
 MIN_THRESHOLD = 1e-4
 SURROGATE_WIDTH = 1.0
+# Neurons whose state a CPU core keeps in its cache while it runs their timesteps.
+BLOCK_SIZE = 1 << 17
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,14 +63,30 @@ def _state(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _spike_count(z: torch.Tensor, initial_potential: torch.Tensor | float, T: int) -> torch.Tensor:
+def _blocks(like: torch.Tensor, *others: torch.Tensor | None):
+    """Views of rows (dimension -2) of all the tensors, in blocks of at most about `BLOCK_SIZE` elements of the first.
+
+    What has no rows to split comes whole with every block. On an accelerator, and for the compiler, one block is all.
+    """
+    if like.numel() <= BLOCK_SIZE or like.dim() < 2 or like.device.type != "cpu" or torch.compiler.is_compiling():
+        return [(like, *others)]
+    rows = max(1, BLOCK_SIZE * like.shape[-2] // like.numel())
+    count = -(-like.shape[-2] // rows)
+    split = [
+        each.split(rows, dim=-2) if each is not None and each.dim() > 1 and each.shape[-2] > 1 else (each,) * count
+        for each in (like, *others)
+    ]
+    return zip(*split, strict=True)
+
+
+def _spike_count(z: torch.Tensor, initial_potential: torch.Tensor | None, T: int) -> torch.Tensor:
     """Spikes of a neuron after T steps of the constant input z, both in units of its threshold.
 
-    `clip(floor(T·z + v0), 0, T)` for v0 in [0, 1]. Above 1 a neuron with negative input fires only while its start
-    lasts; below 0 one with input above its threshold starts late and then fires at every step.
+    `clip(floor(T·z + v0), 0, T)` for v0 in [0, 1]; `None` is 1/2. Above 1 a neuron with negative input fires only
+    while its start lasts; below 0 one with input above its threshold starts late and then fires at every step.
     """
-    count = (T * z).add_(initial_potential).floor_()
-    if isinstance(initial_potential, torch.Tensor):
+    count = (T * z).add_(0.5 if initial_potential is None else initial_potential).floor_()
+    if initial_potential is not None:
         early = (initial_potential > 1) & (z < 0)
         late = (initial_potential < 0) & (z > 1)
         count = torch.where(early, torch.floor(initial_potential / (1 - z)), count)
@@ -75,32 +94,43 @@ def _spike_count(z: torch.Tensor, initial_potential: torch.Tensor | float, T: in
     return count.clamp_(0, T)
 
 
+# Comparisons below write 0 and 1 into floats, in place: on a CPU several times as fast as making bool tensors.
+
+
 class _SpikeRate(torch.autograd.Function):
-    """Threshold times the firing rate under constant input, with the straight-through gradient; keeps the input only."""
+    """Threshold times the firing rate for a constant input, straight-through gradient; keeps the input only."""
 
     @staticmethod
     def forward(ctx, x, threshold, initial_potential, T):
         ctx.save_for_backward(x, threshold, initial_potential)
         ctx.T = T
         theta = _state(threshold).clamp(min=MIN_THRESHOLD)
-        potential = 0.5 if initial_potential is None else _state(initial_potential)
-        return _spike_count(_state(x) / theta, potential, T).div_(T).mul_(theta).to(x.dtype)
+        potential = None if initial_potential is None else _state(initial_potential)
+        emitted = torch.empty_like(x)
+        for x_, theta_, potential_, emitted_ in _blocks(x, theta, potential, emitted):
+            emitted_.copy_(_spike_count(_state(x_) / theta_, potential_, T).div_(T).mul_(theta_))
+        return emitted
 
     @staticmethod
     def backward(ctx, grad):
         x, threshold, initial_potential = ctx.saved_tensors
         theta = _state(threshold).clamp(min=MIN_THRESHOLD)
-        z = _state(x) / theta
-        grad = _state(grad)
-        inside = grad * ((z >= 0) & (z <= 1))
-        grad_threshold = grad_potential = None
-        if ctx.needs_input_grad[1]:
-            potential = 0.5 if initial_potential is None else _state(initial_potential)
-            grad_theta = grad * _spike_count(z, potential, ctx.T).div_(ctx.T) - inside * z
-            grad_threshold = grad_theta.sum_to_size(threshold.shape).to(threshold.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_potential = (inside * (theta / ctx.T)).sum_to_size(initial_potential.shape).to(initial_potential.dtype)
-        return inside.to(x.dtype), grad_threshold, grad_potential, None
+        potential = None if initial_potential is None else _state(initial_potential)
+        grad_x, grad_theta = torch.empty_like(x), torch.zeros_like(theta)
+        grad_potential = None if potential is None else torch.zeros_like(potential)
+        whole = x, grad, grad_x, theta, grad_theta, potential, grad_potential
+        for x_, grad_, grad_x_, theta_, grad_theta_, potential_, grad_potential_ in _blocks(*whole):
+            z = _state(x_) / theta_
+            inside = z.clamp(0, 1).eq_(z).mul_(grad_)
+            grad_x_.copy_(inside)
+            if ctx.needs_input_grad[1]:
+                level = _spike_count(z, potential_, ctx.T).div_(ctx.T)
+                grad_theta_ += level.mul_(grad_).sub_(z.mul_(inside)).sum_to_size(theta_.shape)
+            if ctx.needs_input_grad[2]:
+                grad_potential_ += inside.mul_(theta_ / ctx.T).sum_to_size(potential_.shape)
+        if grad_potential is not None:
+            grad_potential = grad_potential.to(initial_potential.dtype)
+        return grad_x, grad_theta.to(threshold.dtype), grad_potential, None
 
 
 class _IntegrateAndFire(torch.autograd.Function):
@@ -111,44 +141,48 @@ class _IntegrateAndFire(torch.autograd.Function):
         ctx.save_for_backward(x, threshold, initial_potential)
         ctx.T = T
         theta = _state(threshold).clamp(min=MIN_THRESHOLD)
-        v = (_state(initial_potential) * theta).expand(x.shape[1:]).clone()
-        out = x.new_empty((T, *x.shape[1:]))
-        for t in range(T):
-            v += x[min(t, len(x) - 1)]
-            emitted = (v >= theta) * theta
-            v -= emitted
-            out[t] = emitted
-        return out
+        start = _state(initial_potential) * theta
+        emitted = x.new_empty((T, *x.shape[1:]))
+        for _, x_, emitted_, theta_, start_ in _blocks(x[0], x, emitted, theta, start):
+            v = start_.expand(x_.shape[1:]).clone()
+            for t in range(T):
+                v += x_[min(t, len(x) - 1)]
+                spikes = v.clone().ge_(theta_).mul_(theta_)
+                v -= spikes
+                emitted_[t] = spikes
+        return emitted
 
     @staticmethod
     def backward(ctx, grad):
         x, threshold, initial_potential = ctx.saved_tensors
         theta = _state(threshold).clamp(min=MIN_THRESHOLD)
         potential = _state(initial_potential)
-        v = (potential * theta).expand(x.shape[1:])
-        distances = []
-        for t in range(ctx.T):
-            v = v + x[min(t, len(x) - 1)]
-            distances.append(v - theta)
-            v = v - (v >= theta) * theta
+        start = potential * theta
+        grad_x = torch.zeros_like(x, dtype=theta.dtype)
+        grad_theta, grad_start = torch.zeros_like(theta), torch.zeros_like(start)
+        whole = x[0], x, grad, grad_x, theta, grad_theta, start, grad_start
+        for _, x_, grad_, grad_x_, theta_, grad_theta_, start_, grad_start_ in _blocks(*whole):
+            v = start_.expand(x_.shape[1:]).clone()
+            distances = []
+            for t in range(ctx.T):
+                v += x_[min(t, len(x) - 1)]
+                distances.append(v - theta_)
+                v -= v.clone().ge_(theta_).mul_(theta_)
 
-        grad_v, grad_theta = torch.zeros_like(v), torch.zeros_like(v)
-        grad_x = torch.zeros(x.shape, dtype=v.dtype, device=x.device)
-        for t in reversed(range(ctx.T)):
-            u = distances[t]
-            grad_emitted = _state(grad[t]) - grad_v
-            surrogate = (SURROGATE_WIDTH - u.abs()).clamp_(min=0) / SURROGATE_WIDTH**2
-            grad_u = grad_emitted * theta * surrogate
-            grad_v += grad_u
-            grad_theta += grad_emitted * (u >= 0) - grad_u
-            grad_x[min(t, len(x) - 1)] += grad_v
-        grad_theta += grad_v * potential
-        return (
-            grad_x.to(x.dtype),
-            grad_theta.sum_to_size(threshold.shape).to(threshold.dtype),
-            (grad_v * theta).sum_to_size(initial_potential.shape).to(initial_potential.dtype),
-            None,
-        )
+            grad_v, at_spikes = torch.zeros_like(v), torch.zeros_like(v)
+            for t in reversed(range(ctx.T)):
+                u = distances.pop()
+                surrogate = (SURROGATE_WIDTH - u.abs()).clamp_(min=0).div_(SURROGATE_WIDTH**2)
+                grad_emitted = grad_[t] - grad_v
+                at_spikes.addcmul_(grad_emitted, u.ge_(0))
+                grad_v.addcmul_(grad_emitted.mul_(theta_), surrogate)
+                grad_x_[min(t, len(x) - 1)] += grad_v
+            # Through v - theta the threshold gets minus what its steps added to grad_v: minus grad_v, in all.
+            grad_theta_ += at_spikes.sub_(grad_v).sum_to_size(theta_.shape)
+            grad_start_ += grad_v.sum_to_size(start_.shape)
+        grad_theta += (grad_start * potential).sum_to_size(theta.shape)
+        grad_potential = (grad_start * theta).sum_to_size(potential.shape)
+        return grad_x.to(x.dtype), grad_theta.to(threshold.dtype), grad_potential.to(initial_potential.dtype), None
 
 
 def qcfs(x: torch.Tensor, threshold: torch.Tensor, L: int) -> torch.Tensor:
@@ -252,8 +286,8 @@ class FASNeuron(nn.Module):
 
     def refine(self, granularity: str, length: int | None = None) -> None:
         """Give the site fine thresholds, equal to its threshold, and initial potentials of 1/2."""
-        shapes = {"layer": (1,), "neuron": (self.width,), "position": (length, self.width)}
-        shape = shapes["neuron" if granularity == "position" and not self.per_position else granularity]
+        by_position = granularity == "position" and self.per_position
+        shape = [length or 1] * by_position + [1 if granularity == "layer" else self.width]
         self.fine_threshold = nn.Parameter(self.threshold.detach().expand(shape).clone())
         self.initial_potential = nn.Parameter(torch.full_like(self.fine_threshold, 0.5))
 
@@ -264,8 +298,10 @@ class FASNeuron(nn.Module):
             nn.init.constant_(self.fine_threshold, self.initial_threshold)
             nn.init.constant_(self.initial_potential, 0.5)
 
-    def _fine(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fine threshold and initial potential for `length` columns of input."""
+    def _spiking_thresholds(self, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Threshold and initial potential (`None`: 1/2) at T > 0, for `length` columns of input."""
+        if self.fine_threshold is None:
+            return self.threshold, None
         if self.fine_threshold.dim() < 2:
             return self.fine_threshold, self.initial_potential
         rows = slice(self.position, self.position + length)
@@ -289,9 +325,7 @@ class FASNeuron(nn.Module):
         """
         if self.T == 0:
             return qcfs(hidden_states, self.threshold, self.L)
-        threshold, potential = self.threshold, None
-        if self.fine_threshold is not None:
-            threshold, potential = self._fine(hidden_states.shape[-2])
+        threshold, potential = self._spiking_thresholds(hidden_states.shape[-2])
         if not self.stepwise:
             return spike_rate(hidden_states, threshold, potential, self.T)
         if potential is None:
@@ -339,11 +373,10 @@ def _with_mask_rows(index: int, rows: int, args: tuple, kwargs: dict[str, Any]) 
     return args, kwargs
 
 
-class _FASMixin:
+class _FASMixin(PreTrainedModel):
     """What every spiking model adds to its stock class."""
 
-    # Stock BERT ignores `num_items_in_batch`; saying so makes the Trainer divide by the accumulation steps.
-    accepts_loss_kwargs: bool
+    _synced: tuple[int, int, str, int] | None = None
 
     def neurons(self) -> list[tuple[str, FASNeuron]]:
         """Names and modules of the neuron sites, in the order they run in."""
@@ -411,7 +444,15 @@ class _FASMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         if kwargs.setdefault("use_safetensors", True) is False:
             raise ValueError("`use_safetensors` must be True: pickled weights can run code and are not read.")
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":  # safetensors itself may not be imported here
+                raise
+            raise OSError(
+                f"`model.safetensors` of {str(pretrained_model_name_or_path)!r} is truncated or damaged: {error}. "
+                "Download or save it again."
+            ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, parameter in model.named_parameters():
             if name.endswith(("threshold", "initial_potential")) and not parameter.is_meta:
@@ -432,10 +473,12 @@ class _FASMixin:
     def _sync_neurons(self, position: int = 0) -> None:
         """Make every site, copies made by adapters included, run as the configuration says."""
         settings = (self.config.L, self.config.T, self.config.schedule, position)
-        if getattr(self, "_synced", None) != settings:
-            for _, neuron in self.neurons():
-                neuron.L, neuron.T, neuron.schedule, neuron.position = settings
-            self._synced = settings
+        if self._synced != settings:
+            for module in self.modules():
+                if isinstance(module, FASNeuron):
+                    module.L, module.T, module.schedule, module.position = settings
+                elif isinstance(module, _FASMixin):
+                    module._synced = settings  # the trunk too, so that a compiled call has nothing left to change
 
 
 class _FASTrunkMixin(_FASMixin):
@@ -487,7 +530,7 @@ class FASGPT2MLP(GPT2MLP):
         super().__init__(intermediate_size, config)
         self.act = FASNeuron(config, intermediate_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states):
         output = super().forward(hidden_states)
         if output.shape[0] == hidden_states.shape[0]:
             return output
@@ -607,8 +650,8 @@ class FASBertModel(_FASTrunkMixin, BertModel):
     def __init__(self, config, add_pooling_layer: bool = True):
         super().__init__(config, add_pooling_layer=add_pooling_layer)
         self.encoder.layer = nn.ModuleList(FASBertLayer(config, layer_idx=i) for i in range(config.num_hidden_layers))
-        if add_pooling_layer:
-            self.pooler.activation = FASNeuron(config, config.hidden_size, per_position=False)
+        if self.pooler is not None:
+            self.pooler.register_module("activation", FASNeuron(config, config.hidden_size, per_position=False))
         self._prepare_neurons()
 
     @can_return_tuple
@@ -628,6 +671,7 @@ class FASBertForMaskedLM(_FASMixin, BertForMaskedLM):
 
     config_class = FASBertConfig
     _no_split_modules = ["BertEmbeddings", "FASBertLayer"]
+    # Stock BERT ignores `num_items_in_batch`; saying so makes the Trainer divide by the accumulation steps.
     accepts_loss_kwargs = False
 
     def __init__(self, config):
@@ -638,7 +682,7 @@ class FASBertForMaskedLM(_FASMixin, BertForMaskedLM):
         self.post_init()
 
     @functools.wraps(BertForMaskedLM.forward)
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, **kwargs):  # type: ignore[override]
         self._sync_neurons()
         return super().forward(*args, **kwargs)
 
@@ -651,7 +695,7 @@ class FASBertForSequenceClassification(_FASMixin, BertForSequenceClassification)
 
     config_class = FASBertConfig
     _no_split_modules = ["BertEmbeddings", "FASBertLayer"]
-    accepts_loss_kwargs = False
+    accepts_loss_kwargs = False  # as above
 
     def __init__(self, config):
         super().__init__(config)

@@ -59,7 +59,7 @@ def test_a_yaml_file_equals_its_flags_and_flags_win(tmp_path):
     out = ["--output_dir", str(tmp_path)]
     from_file = parse_arguments([str(file), *out])
     from_flags = parse_arguments(
-        "--learning_rate 9e-5 --T 1 4 --logging_step 7 --streaming --do_train false".split() + out
+        ["--learning_rate", "9e-5", "--T", "1", "4", "--logging_step", "7", "--streaming", "--do_train", "false", *out]
     )
     assert from_file == from_flags
     assert from_file[2].learning_rate == 9e-5
@@ -125,5 +125,5 @@ def test_bad_input_is_named_before_any_training(case, inputs, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=message):
         script.main(flags.replace("{}", str(inputs)).split())
-    assert not [path for path in (inputs / "out").glob("*")]
+    assert not list((inputs / "out").glob("*"))
     assert [path.name for path in (inputs / "full").iterdir()] == ["kept.txt"]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from configuration_fas import FASBertConfig, FASGPT2Config
-from modeling_fas import FASBertForMaskedLM, FASBertForSequenceClassification, FASGPT2LMHeadModel
 
+from configuration_fas import FASBertConfig, FASGPT2Config
+from modeling_fas import MIN_THRESHOLD, FASBertForMaskedLM, FASBertForSequenceClassification, FASGPT2LMHeadModel
 from training.arguments import THRESHOLD_LEARNING_RATES, FASTrainingArguments
 from training.trainers import FASCalibrationTrainer, FASTrainer
 
@@ -100,11 +100,11 @@ def test_thresholds_stay_positive_and_every_parameter_moves(tmp_path):
     data = rows("glue")
     for row in data:
         row["token_type_ids"] = torch.arange(12) % 2
-    args = arguments(tmp_path, per_device_train_batch_size=8, learning_rate=0.1, max_steps=8)
-    FASTrainer(model=model, args=args, train_dataset=data, threshold_learning_rate=1.0).train()
-    thresholds = [neuron.threshold.item() for _, neuron in model.neurons()]
-    assert min(thresholds) > 0
-    assert min(thresholds) < 0.01, "the learning rate is large enough to push a threshold below zero"
+    for _, neuron in model.neurons():
+        neuron.threshold.register_hook(torch.ones_like)
+    args = arguments(tmp_path, per_device_train_batch_size=8, learning_rate=0.1)
+    FASTrainer(model=model, args=args, train_dataset=data, threshold_learning_rate=2.0).train()
+    assert [neuron.threshold.item() for _, neuron in model.neurons()] == pytest.approx([MIN_THRESHOLD] * 3)
     still = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
     assert not still
 
@@ -137,7 +137,8 @@ def test_calibration_is_refused_without_fine_thresholds(tmp_path):
         FASCalibrationTrainer(build("glue"), arguments(tmp_path))
 
 
-KINDS = ["clm", "glue", "mlm", "calibrate-glue", "calibrate-clm"]
+KINDS = ["glue", "mlm", "calibrate-glue"]
+KINDS += [pytest.param(kind, marks=pytest.mark.slow) for kind in ("clm", "calibrate-clm")]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 
-WORDS = "the a film movie plot actor is was not very good bad fine dull bright sad happy long short and but".split()
+WORDS = ["the", "a", "film", "movie", "plot", "actor", "is", "was", "not", "very", "good", "bad", "fine", "dull"]
+WORDS += ["bright", "sad", "happy", "long", "short", "and", "but"]
 GOOD = {"good", "fine", "bright", "happy"}
 
 

@@ -153,15 +153,15 @@ class DataArguments:
                     raise ValueError(f"`--{name}` is required beside the other file, for what is to be done.")
             if len({Path(value).suffix for value in files.values() if value}) > 1:
                 raise ValueError(f"`--validation_file` must be of the same type as --train_file, got {files}.")
-        looks_local = self.dataset_name and re.match(r"[./~]", self.dataset_name)
-        if looks_local and not Path(self.dataset_name).expanduser().is_dir():
-            raise ValueError(f"`--dataset_name` must be a folder that exists, got {self.dataset_name!r}.")
+        source = self.dataset_name
+        if source and re.match(r"[./~]", source) and not Path(source).expanduser().is_dir():
+            raise ValueError(f"`--dataset_name` must be a folder that exists, got {source!r}.")
         if self.streaming and script == "glue":
             raise ValueError("`--streaming` is for run_clm and run_mlm; a GLUE task fits into memory.")
-        for name in ("max_train_samples", "max_eval_samples", "max_seq_length", "block_size"):
-            value = getattr(self, name)
+        for limit in ("max_train_samples", "max_eval_samples", "max_seq_length", "block_size"):
+            value = getattr(self, limit)
             if value is not None and value < 1:
-                raise ValueError(f"`--{name}` must be at least 1, got {value}.")
+                raise ValueError(f"`--{limit}` must be at least 1, got {value}.")
 
 
 @dataclass
@@ -177,8 +177,10 @@ class FASTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint.lower() in ("true", "false"):
-            self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
+        for name in ("resume_from_checkpoint", "fsdp"):  # a path or options, or whether at all
+            value = getattr(self, name)
+            if isinstance(value, str) and value.lower() in ("true", "false"):
+                setattr(self, name, value.lower() == "true")
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
         self.dataloader_pin_memory &= torch.cuda.is_available()
@@ -223,7 +225,8 @@ def parse_arguments(
     argv: Sequence[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, FASTrainingArguments]:
     """Parse flags, or one YAML file and flags that take precedence over it."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, FASTrainingArguments))
+    dataclasses: Any = (ModelArguments, DataArguments, FASTrainingArguments)
+    parser = HfArgumentParser(dataclasses)
     flags = expand_yaml(sys.argv[1:] if argv is None else argv)
     model, data, training = parser.parse_args_into_dataclasses(args=flags)
     return model, data, training

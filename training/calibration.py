@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_utils import unwrap_model
 
 
 @dataclass
@@ -34,7 +35,7 @@ def calibration_loss(
         num_rows: Rows of the accumulated batch, where this is a part of it; its own by default.
         num_tokens: Its tokens without padding, in the same way.
     """
-    core = extract_model_from_parallel(model)
+    core: Any = unwrap_model(model)
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
@@ -68,7 +69,7 @@ def _divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _recorded(model: nn.Module, T: int) -> Iterator[dict[str, torch.Tensor]]:
+def _recorded(model: Any, T: int) -> Iterator[dict[str, torch.Tensor]]:
     """Run the model at T timesteps and record what every site emits."""
     record: dict[str, torch.Tensor] = {}
     handles = [

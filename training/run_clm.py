@@ -13,7 +13,7 @@ from modeling_fas import FASGPT2LMHeadModel
 
 from .arguments import STAGES
 from .data import blocks, causal_collator, load_raw, text_splits
-from .runner import Run, load_model, start, train_and_evaluate
+from .runner import Run, load_model, show_messages, start, train_and_evaluate
 from .tokenization import load_tokenizer
 from .trainers import FASCalibrationTrainer, FASTrainer
 
@@ -68,4 +68,5 @@ def from_scratch(run: Run, tokenizer) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    show_messages()
     main()

@@ -13,7 +13,7 @@ from modeling_fas import FASBertForSequenceClassification
 
 from .data import load_raw
 from .metrics import glue_metric
-from .runner import Run, load_model, start, train_and_evaluate
+from .runner import Run, load_model, show_messages, start, train_and_evaluate
 from .tasks import Task, check_task_name, encode, find_task, select_splits
 from .tokenization import load_tokenizer
 from .trainers import FASCalibrationTrainer, FASTrainer
@@ -84,4 +84,5 @@ def label_settings(task: Task) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    show_messages()
     main()

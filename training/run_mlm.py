@@ -12,7 +12,7 @@ from transformers import BertForMaskedLM
 from modeling_fas import FASBertForMaskedLM
 
 from .data import MaskingCollator, blocks, load_raw, text_splits
-from .runner import load_model, start, train_and_evaluate
+from .runner import load_model, show_messages, start, train_and_evaluate
 from .tokenization import load_tokenizer
 from .trainers import FASTrainer
 
@@ -49,4 +49,5 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    show_messages()
     main()

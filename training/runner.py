@@ -1,5 +1,6 @@
 """What the three scripts share: checks, models, training, evaluation, results."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.utils import logging
 
 from configuration_fas import FASConfig
 
@@ -25,7 +25,7 @@ from .evaluation import evaluate_modes
 from .results import markdown_table, write_results
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "evaluation.json"
 
@@ -56,6 +56,12 @@ class Run:
         return THRESHOLD_LEARNING_RATES.get((self.script, self.stage))
 
 
+def show_messages() -> None:
+    """Print what the modules of this package report; nothing of other libraries below a warning."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("training").setLevel(logging.INFO)
+
+
 def start(script: str, stages: Sequence[str], argv: Sequence[str] | None) -> Run:
     """Parse and check the arguments of a script, read the configuration of the model, seed everything."""
     given = sys.argv[1:] if argv is None else argv
@@ -65,9 +71,6 @@ def start(script: str, stages: Sequence[str], argv: Sequence[str] | None) -> Run
     training.check(data.streaming)
     if training.fp16 and training.device.type == "cpu":
         logger.warning("--fp16 has no effect on a CPU: the run is in float32. --bf16 would have one.")
-    level = training.get_process_log_level()
-    logging.set_verbosity(level)
-    logging.enable_default_handler()
     config = read_config(model, script)
     set_seed(training.seed)
     return Run(script, model, data, training, config, ["-m", f"training.run_{script}", *given])
@@ -80,7 +83,7 @@ def read_config(model: ModelArguments, script: str) -> Any:
         ValueError: for a checkpoint of another architecture, or one to calibrate that never was a QCFS network.
     """
     backbone = "gpt2" if script == "clm" else "bert"
-    source = model.model_name_or_path or model.config_name
+    source = model.model_name_or_path or model.config_name or ""
     flag = "model_name_or_path" if model.model_name_or_path else "config_name"
     options: dict[str, Any] = {"revision": model.model_revision}
     try:
@@ -163,16 +166,19 @@ def train_and_evaluate(
 ) -> list[dict[str, Any]]:
     """Train, save the model, evaluate it in every mode, and write the results beside it; returns the rows."""
     args, output_dir = run.training, Path(run.training.output_dir or "")
+    model: Any = trainer.model
     summary: dict[str, Any] = {}
     if args.do_train:
         checkpoint = checkpoint_to_resume(args)
-        if checkpoint is None and args.overwrite_output_dir and args.should_save:
-            remove_checkpoints(output_dir)
+        if args.should_save:
+            (output_dir / RESULTS_FILE).unlink(missing_ok=True)
+            if checkpoint is None and args.overwrite_output_dir:
+                remove_checkpoints(output_dir)
         trainer.accelerator.wait_for_everyone()
         summary = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_state()
     if run.stage == "calibrate":
-        trainer.model.set_timesteps(run.model.calib_T, "stepwise")
+        model.set_timesteps(run.model.calib_T, "stepwise")
     if args.do_train:
         trainer.save_model()
         tokenizer.save_pretrained(output_dir) if args.should_save else None
@@ -185,7 +191,7 @@ def train_and_evaluate(
                 "model": asdict(run.model),
                 "data": asdict(run.data),
                 "training": args.to_dict(),
-                "config": run.config.to_dict(),
+                "config": model.config.to_dict(),
             },
             command=["python", *run.command],
             training=summary,

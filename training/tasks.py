@@ -96,7 +96,7 @@ def _check_values(values: dict[str, np.ndarray], bounds: tuple[float, float]) ->
         if wrong.any():
             raise ValueError(
                 f"`--label_column` must hold finite numbers from {bounds[0]} to {bounds[1]}, got "
-                f"{found[wrong][0]} in row {int(wrong.argmax())} of split {split!r}."
+                f"{found[wrong].tolist()[0]} in row {int(wrong.argmax())} of split {split!r}."
             )
 
 
@@ -111,15 +111,18 @@ def _check_classes(values: dict[str, np.ndarray], names: list[str]) -> None:
             allowed = f"one of {', '.join(names)}"
         if wrong.any():
             raise ValueError(
-                f"`--label_column` must hold {allowed}, got {found[wrong][0]!r} in row {int(wrong.argmax())} of "
-                f"split {split!r}. (The test splits of GLUE have no labels.)"
+                f"`--label_column` must hold {allowed}, got {found[wrong].tolist()[0]!r} in row "
+                f"{int(wrong.argmax())} of split {split!r}. (The test splits of GLUE have no labels.)"
             )
 
 
 def encode(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, data: DataArguments, length: int, split: str
 ) -> Dataset:
-    """Tokenize a split into the inputs of the model and `labels`."""
+    """Tokenize a split into the inputs of the model and `labels`; splits to evaluate on are sorted by length.
+
+    Then little is padded, and a padded row gives what it gives alone.
+    """
     padding = "max_length" if data.pad_to_max_length else False
 
     def convert(batch: dict[str, list]) -> dict[str, list]:
@@ -131,10 +134,14 @@ def encode(
         convert_label = int if task.labels else float
         return {**encoded, "labels": [convert_label(label) for label in labels]}
 
-    return dataset.map(
+    encoded = dataset.map(
         convert,
         batched=True,
         remove_columns=dataset.column_names,
         num_proc=data.preprocessing_num_workers,
         desc=f"Tokenizing {split}",
     )
+    if split == "train" or data.pad_to_max_length:
+        return encoded
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    return encoded.select(sorted(range(len(encoded)), key=lengths.__getitem__))

@@ -1,6 +1,7 @@
 """Tokenizers: what AutoTokenizer loads, and bare SentencePiece models."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, BertGenerationTokenizer, BigBirdTokenizer, PreTrainedTokenizerBase
 
@@ -40,13 +41,14 @@ def load_tokenizer(model: ModelArguments, backbone: str) -> PreTrainedTokenizerB
 def sentencepiece_tokenizer(path: Path, backbone: str) -> PreTrainedTokenizerBase:
     """Wrap a SentencePiece model in a class that `AutoTokenizer` loads again, with exactly its token ids."""
     import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
 
     def piece(number: int) -> str | None:
         return pieces.id_to_piece(number) if number >= 0 else None
 
-    tokens = {
+    tokens: dict[str, Any] = {
         "bos_token": piece(pieces.bos_id()),
         "eos_token": piece(pieces.eos_id()),
         "unk_token": piece(pieces.unk_id()),
@@ -63,7 +65,10 @@ def sentencepiece_tokenizer(path: Path, backbone: str) -> PreTrainedTokenizerBas
                 "user_defined_symbols=[CLS],[SEP],[MASK] and pad_id=0."
             )
         tokenizer = BigBirdTokenizer.from_pretrained(str(path.parent), vocab_file=str(path), **tokens)
-    if tokenizer(_PROBE, add_special_tokens=False).input_ids != pieces.encode(_PROBE):
+    protocol: Any = sentencepiece_model_pb2
+    kind = protocol.ModelProto.FromString(pieces.serialized_model_proto()).trainer_spec.model_type
+    reproduced = tokenizer(_PROBE, add_special_tokens=False).input_ids == pieces.encode(_PROBE)
+    if not reproduced or (backbone == "bert" and kind != protocol.TrainerSpec.UNIGRAM):
         raise ValueError(
             f"`--tokenizer_name` must be a SentencePiece model of type unigram for a {backbone} backbone, got "
             f"{str(path)!r}, whose tokens transformers cannot reproduce."

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertPreTrainedModel, Trainer, TrainerCallback
+from transformers import BertPreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .calibration import calibration_loss
@@ -36,7 +36,7 @@ def batch_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor |
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
     if labels.is_floating_point():
         total = F.mse_loss(logits.squeeze(-1).float(), labels.float(), reduction="sum")
-        count = labels.numel()
+        count = torch.tensor(labels.numel(), device=labels.device)
     else:
         total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
         count = labels.ne(-100).sum().clamp(min=1)
@@ -53,7 +53,7 @@ class _AfterEachStep(TrainerCallback):
         if hasattr(self.collator, "epoch"):
             self.collator.epoch = int(state.epoch or 0)
 
-    def on_optimizer_step(self, args, state, control, model: nn.Module | None = None, **kwargs):
+    def on_optimizer_step(self, args, state, control, model: Any = None, **kwargs):
         if model is not None and hasattr(model, "clamp_thresholds_"):
             model.clamp_thresholds_()
 
@@ -70,12 +70,17 @@ class FASTrainer(Trainer):
     """
 
     def __init__(
-        self, *args, threshold_learning_rate: float | None = None, compute_loss_func: Callable | None = None, **kwargs
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        *,
+        threshold_learning_rate: float | None = None,
+        compute_loss_func: Callable | None = None,
+        **kwargs,
     ):
-        model = kwargs["model"] if "model" in kwargs else args[0]
         if compute_loss_func is None and isinstance(model, BertPreTrainedModel):
             compute_loss_func = batch_loss
-        super().__init__(*args, compute_loss_func=compute_loss_func, **kwargs)
+        super().__init__(model, args, compute_loss_func=compute_loss_func, **kwargs)
         self.threshold_learning_rate = threshold_learning_rate
         self.add_callback(_AfterEachStep(self.data_collator))
 
@@ -83,8 +88,9 @@ class FASTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        parameters = (self.model if model is None else model).named_parameters()
-        thresholds = [parameter for name, parameter in parameters if parameter.requires_grad and is_threshold(name)]
+        trained: Any = self.model if model is None else model
+        named = trained.named_parameters()
+        thresholds = [parameter for name, parameter in named if parameter.requires_grad and is_threshold(name)]
         own = {id(parameter) for parameter in thresholds}
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
@@ -113,7 +119,16 @@ class FASCalibrationTrainer(FASTrainer):
         loss_settings: Further keyword arguments of [`training.calibration.calibration_loss`].
     """
 
-    def __init__(self, model: nn.Module, *args, loss_settings: dict[str, Any] | None = None, **kwargs):
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        *,
+        loss_settings: dict[str, Any] | None = None,
+        **kwargs,
+    ):
         if model.config.calib_T is None:
             raise ValueError("`model` must have fine thresholds to calibrate. Call model.begin_calibration(T) first.")
         for name, parameter in model.named_parameters():
@@ -122,18 +137,19 @@ class FASCalibrationTrainer(FASTrainer):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         model.set_timesteps(model.config.calib_T, "stepwise")
-        super().__init__(model, *args, **kwargs)
+        super().__init__(model, args, **kwargs)
         self.loss_settings = loss_settings or {}
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
-        """Rows and tokens of the whole accumulated batch, over all processes: the means of the loss are over them."""
-        if not self.model.training:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        counts = torch.stack([_counts(batch) for batch in batch_samples]).sum(0).to(device)
-        return self.accelerator.reduce(counts, "sum")
+    def get_batch_samples(self, *args, **kwargs):
+        """Add rows and tokens of the whole accumulated batch, over all processes: what the loss is a mean over."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        if not batches:
+            return batches, None
+        counts = torch.stack([_counts(batch) for batch in batches]).sum(0).to(self.args.device)
+        return batches, self.accelerator.reduce(counts, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self.model.training:
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         counts = _counts(inputs) if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
         result = calibration_loss(model, inputs, num_rows=counts[0], num_tokens=counts[1], **self.loss_settings)

@@ -1,0 +1,30 @@
+"""Layerwise forward against the stock model; T enters a closed form, so that any T costs the same."""
+
+from functools import partial
+
+import torch
+
+from benchmarks.common import arguments, fas, interleave, ratio, report, stock, token_ids
+
+
+TITLES = {"gpt2": "GPT-2 small", "bert": "BERT-base"}
+T = 8
+
+
+@torch.inference_mode()
+def main() -> None:
+    args = arguments(__doc__, batch=(8,))
+    rows, samples = [], {}
+    for kind, title in TITLES.items():
+        plain, model = stock(kind, args), fas(kind, args, T=T, schedule="layerwise")
+        for batch in args.batch:
+            ids = token_ids(batch, 128, args)
+            times = interleave({"stock": partial(plain, ids), "layerwise": partial(model, ids)}, args)
+            measure = f"{title}, batch {batch}, T = {T}, layerwise over stock: time"
+            rows.append({"measure": measure, "target": 1.10, "got": ratio(times, "layerwise", "stock")})
+            samples[f"{kind}, batch {batch}"] = times
+    report("layerwise", rows, args, samples=samples)
+
+
+if __name__ == "__main__":
+    main()

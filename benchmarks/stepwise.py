@@ -1,0 +1,48 @@
+"""Stepwise GPT-2 small against the naive algorithm: time and peak memory."""
+
+from functools import partial
+
+import torch
+
+from benchmarks.common import arguments, fas, interleave, peak_bytes, ratio, report, stock, token_ids, weight_bytes
+from tests import naive
+
+
+TIME_TARGET = {4: 0.70, 8: 0.65}
+
+
+@torch.inference_mode()
+def main() -> None:
+    args = arguments(__doc__, batch=(1, 4))
+    model = fas("gpt2", args, schedule="stepwise")
+    plain = stock("gpt2", args)
+    model.config.use_cache = plain.config.use_cache = False
+    weights = weight_bytes(model)
+    for batch in args.batch:
+        ids = token_ids(batch, 128, args)
+        rows, samples = [], {}
+        for T in TIME_TARGET:
+            copies = naive.network("gpt2", model, T)
+            model.set_timesteps(T)
+            functions = {
+                "naive": partial(naive.logits, copies, T, {"input_ids": ids}),
+                "stepwise": partial(model, ids),
+                "stock": partial(plain, ids),
+            }
+            peaks = {name: peak_bytes(function, args.device) for name, function in functions.items()}
+            times = interleave(functions, args, warmup=0)
+            case = f"GPT-2 small, batch {batch}, T = {T}, stepwise over"
+            whole = (peaks["stepwise"] + weights) / (peaks["naive"] + weights)
+            over_stock = ratio(times, "stepwise", "stock")
+            rows += [
+                {"measure": f"{case} naive: time", "target": TIME_TARGET[T], "got": ratio(times, "stepwise", "naive")},
+                {"measure": f"{case} naive: peak memory", "target": 0.8, "got": peaks["stepwise"] / peaks["naive"]},
+                {"measure": f"{case} naive: peak memory with the weights", "target": None, "got": whole},
+                {"measure": f"{case} stock: time", "target": None, "got": over_stock},
+            ]
+            samples[T] = {"times": times, "peak_bytes": peaks}
+        report(f"stepwise_batch{batch}", rows, args, samples=samples)
+
+
+if __name__ == "__main__":
+    main()

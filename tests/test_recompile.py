@@ -1,0 +1,55 @@
+"""`torch.compile` with its defaults: whole graphs, and no new one for every length or every return to a T."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+import tiny
+
+
+pytestmark = pytest.mark.slow
+
+
+def graphs_compiled(kind, calls, schedule):
+    """Number of graphs after each of the calls, `(T, length)`."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = tiny.model(kind, schedule=schedule)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    graphs = []
+    for T, length in calls:
+        ids = torch.randint(1, tiny.VOCABULARY, (3, length))
+        model.set_timesteps(T)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+        graphs.append(counter.frame_count)
+    return graphs
+
+
+@pytest.mark.parametrize("schedule", ["stepwise", "layerwise"])
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_new_length_compiles_once(kind, schedule):
+    graphs = graphs_compiled(kind, [(4, length) for length in (8, 16, 24, 32)], schedule)
+    assert graphs == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("schedule", ["stepwise", "layerwise"])
+def test_a_new_number_of_timesteps_compiles_once(schedule):
+    graphs = graphs_compiled("gpt2", [(T, length) for T in (1, 2, 4, 2, 4) for length in (8, 16)], schedule)
+    assert graphs == [1, 2, 3, 3, 4, 4, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("T, schedule", [(4, "stepwise"), (4, "layerwise")])
+def test_decoding_with_a_static_cache_compiles_whole(T, schedule):
+    torch._dynamo.reset()
+    counters.clear()
+    compiling = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compiling._compile_all_devices = True
+    model = tiny.model("gpt2", T=T, schedule=schedule).double()
+    ids = tiny.batch("gpt2")["input_ids"][:1]
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    static = model.generate(ids, cache_implementation="static", compile_config=compiling, **settings)
+    assert counters["stats"]["unique_graphs"] == 1  # one graph for every token after the prompt
+    assert torch.equal(static, model.generate(ids, **settings))

@@ -1,0 +1,87 @@
+"""Whole processes: two against one, killed runs, the demo, every GLUE task on made-up rows."""
+
+import random
+import sys
+
+import pytest
+from datasets import ClassLabel, Dataset
+
+from benchmarks import training_processes as processes
+from training import demo, run_glue
+from training.results import read_results
+from training.tasks import GLUE_COLUMNS
+from training_helpers import is_good, save_bert, save_gpt2, sentences, write_corpus, write_reviews
+
+
+pytestmark = pytest.mark.slow
+
+METRICS = {"cola": {"matthews_correlation"}, "stsb": {"pearson", "spearmanr"}}
+METRICS |= dict.fromkeys(("mrpc", "qqp"), frozenset({"accuracy", "f1"}))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_reviews(folder / "train.json", 256)
+    write_reviews(folder / "test.json", 32, seed=1)
+    write_corpus(folder / "corpus.json", 1000)
+    save_bert(folder / "bert", dropout=0.0)
+    save_gpt2(folder / "gpt2", dropout=0.0)
+    return folder
+
+
+@pytest.mark.parametrize("backbone", ["bert", "gpt2"])
+def test_two_processes_equal_one_with_the_same_global_batch(backbone, inputs, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    processes.run([sys.executable, "-m"], processes.command(backbone, "downstream", inputs, one, 8, 20))
+    processes.run(processes.TORCHRUN, processes.command(backbone, "downstream", inputs, two, 4, 20))
+    assert read_results(two / "evaluation.json")["configuration"]["training"]["ddp_find_unused_parameters"] is False
+    found = processes.difference(one, two)
+    assert found["thresholds"] < 1e-5
+    assert found["weights"] < 1e-4
+
+
+def test_a_run_killed_by_sigkill_resumes_bit_for_bit(inputs, tmp_path):
+    save_bert(inputs / "dropout", dropout=0.1)
+    arguments = processes.command("dropout", "downstream", inputs, tmp_path / "whole", 8, 40)
+    processes.run([sys.executable, "-m"], arguments)
+    again = processes.command("dropout", "downstream", inputs, tmp_path / "killed", 8, 40)
+    found = processes.kill_and_resume(again, tmp_path / "whole", tmp_path / "killed", random.Random(0), longest=1.0)
+    assert found["killed"]
+    assert found["thresholds"] == found["weights"] == 0
+
+
+@pytest.mark.parametrize("name", GLUE_COLUMNS)
+def test_every_task_runs_through_downstream_and_calibrate(name, inputs, tmp_path):
+    columns = {column: sentences(32, seed=i) for i, column in enumerate(GLUE_COLUMNS[name])}
+    good = [is_good(text) for text in next(iter(columns.values()))]
+    dataset = Dataset.from_dict({**columns, "label": [float(each) for each in good] if name == "stsb" else good})
+    if name != "stsb":
+        classes = ["entailment", "neutral", "contradiction"] if name == "mnli" else ["no", "yes"]
+        dataset = dataset.cast_column("label", ClassLabel(names=classes))
+    (tmp_path / name).mkdir()
+    splits = ["validation_matched", "validation_mismatched"] if name == "mnli" else ["validation"]
+    for split in ("train", *splits):
+        dataset.to_parquet(tmp_path / name / f"{split}.parquet")
+    common = (
+        f"--task_name {name} --dataset_name {tmp_path} --do_train --do_eval --T 2 --max_steps 2 --save_strategy no"
+    )
+    common += " --report_to none --disable_tqdm true --use_cpu"
+    downstream = f"--model_name_or_path {inputs}/bert --output_dir {tmp_path}/out {common}"
+    calibrate = f"--stage calibrate --calib_T 2 --model_name_or_path {tmp_path}/out --output_dir {tmp_path}/calibrated"
+    for line in (downstream, f"{calibrate} {common}"):
+        rows = run_glue.main(line.split())
+        assert [row["split"] for row in rows] == splits * 3
+        for row in rows:
+            measured = row.keys() - {"mode", "T", "schedule", "split", "loss", "spike_rate", "seconds"}
+            assert measured == METRICS.get(name, {"accuracy"})
+
+
+def test_the_demo_runs_on_any_model_and_data_and_loads_what_it_saved(inputs, tmp_path, capsys):
+    flags = f"--model_name_or_path {inputs}/bert --train_file {inputs}/train.json --validation_file {inputs}/test.json"
+    demo.main([*flags.split(), "--output_dir", str(tmp_path / "demo"), "--max_steps", "4", "--use_cpu"])
+    printed = capsys.readouterr().out
+    assert "largest difference of logits: 0.0" in printed
+    rows = read_results(tmp_path / "demo" / "results.json")["metrics"]
+    assert {(row["mode"], row["T"]) for row in rows} >= {("gelu", 0), ("qcfs", 0), ("spiking", 1), ("spiking", 8)}
+    assert all(f"| {row['mode']} |" in printed for row in rows)

@@ -1,0 +1,261 @@
+"""The scripts, from a stock checkpoint to a calibrated one: what they write, what they report, how they resume."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
+from training import convert, run_clm, run_glue, run_mlm
+from training.checkpoints import checkpoints, is_complete
+from training.results import read_results
+from training.trainers import FASTrainer
+from training_helpers import (
+    largest_difference,
+    save_bert,
+    save_gpt2,
+    sentences,
+    tensors,
+    write_corpus,
+    write_lines,
+    write_reviews,
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_reviews(folder / "train.json", 64, seed=1)
+    write_reviews(folder / "test.json", 20, seed=2)
+    write_corpus(folder / "corpus.json", 200, seed=3)
+    write_corpus(folder / "held_out.json", 40, seed=4)
+    save_bert(folder / "bert")
+    save_gpt2(folder / "gpt2")
+    return folder
+
+
+def flags(text: str, folder: Path, out: Path, **more) -> list[str]:
+    common = "--report_to none --disable_tqdm true --use_cpu --save_strategy no --per_device_train_batch_size 8"
+    extra = [token for name, value in more.items() for token in (f"--{name}", str(value))]
+    return f"{text} {common} --output_dir {out}".replace("@", str(folder)).split() + extra
+
+
+GLUE_DATA = "--train_file @/train.json --validation_file @/test.json"
+CLM_DATA = "--train_file @/corpus.json --validation_file @/held_out.json --block_size 16"
+
+
+def test_a_classifier_through_all_stages(inputs, tmp_path):
+    start = "--model_name_or_path @/bert --do_train --do_eval --max_steps 4 " + GLUE_DATA
+    stock = run_glue.main(flags("--stage baseline " + start, inputs, tmp_path / "gelu"))
+    assert [(row["mode"], row["split"]) for row in stock] == [("gelu", "validation")]
+
+    corpus = f"--model_name_or_path @/bert --do_train --do_eval --max_steps 2 {CLM_DATA} --max_seq_length 16"
+    masked = run_mlm.main(flags(corpus + " --T 2 --streaming", inputs, tmp_path / "mlm"))
+    assert [row["mode"] for row in masked] == ["qcfs", "spiking", "spiking"]
+    assert all(row["perplexity"] > 1 for row in masked)
+
+    task = start.replace("@/bert", str(tmp_path / "mlm"))
+    rows = run_glue.main(flags(task + " --T 0 1 2 --L 4", inputs, tmp_path / "qcfs"))
+    modes = [("qcfs", 0, None)] + [("spiking", T, each) for T in (1, 2) for each in ("stepwise", "layerwise")]
+    assert [(row["mode"], row["T"], row["schedule"]) for row in rows] == modes
+    assert rows[0]["spike_rate"] is None
+    assert all(0 < row["spike_rate"] < 1 and 0 <= row["accuracy"] <= 1 for row in rows[1:])
+    assert rows[0]["accuracy"] > 0.5
+    trained = FASBertForSequenceClassification.from_pretrained(tmp_path / "qcfs")
+    assert (trained.config.L, trained.config.T, trained.config.calib_T) == (4, 0, None)
+    pretrained = tensors(tmp_path / "mlm")["bert.encoder.layer.0.intermediate.intermediate_act_fn.threshold"]
+    assert 0 < abs(trained.bert.encoder.layer[0].intermediate.intermediate_act_fn.threshold.item() - pretrained) < 0.3
+
+    calibrate = "--stage calibrate --calib_T 2 --T 2 --L 4 --model_name_or_path {} --do_eval " + GLUE_DATA
+    text = calibrate.format(tmp_path / "qcfs") + " --do_train --max_steps 4"
+    calibrated = run_glue.main(flags(text, inputs, tmp_path / "calibrated"))
+    assert calibrated[0] == pytest.approx(rows[0] | {"seconds": calibrated[0]["seconds"]}), "the ANN stays as it is"
+    again = run_glue.main(flags(calibrate.format(tmp_path / "calibrated"), inputs, tmp_path / "again"))
+    for row, repeated in zip(calibrated, again, strict=True):
+        assert row | {"seconds": 0} == pytest.approx(repeated | {"seconds": 0}), "evaluation changes nothing"
+
+    published = AutoModelForSequenceClassification.from_pretrained(tmp_path / "calibrated")
+    assert (published.config.T, published.config.schedule, published.config.calib_T) == (2, "stepwise", 2)
+    assert {"0", "1"} == set(published.config.label2id)
+    assert AutoTokenizer.from_pretrained(tmp_path / "calibrated")("good film").input_ids
+    record = read_results(tmp_path / "calibrated" / "evaluation.json")
+    assert record["metrics"] == calibrated
+    assert "--stage calibrate" in record["command"] and record["configuration"]["model"]["calib_T"] == 2
+
+
+def test_a_language_model_through_all_stages(inputs, tmp_path):
+    full = "--stage full --model_name_or_path @/gpt2 --do_train --max_steps 2 --streaming " + CLM_DATA
+    assert run_clm.main(flags(full, inputs, tmp_path / "full")) == []
+    task = f"--model_name_or_path {tmp_path / 'full'} --do_train --do_eval --T 4 --max_steps 4 " + CLM_DATA
+    rows = run_clm.main(flags(task, inputs, tmp_path / "task"))
+    assert [row["T"] for row in rows] == [0, 4, 4]
+    text = task.replace("full", "task") + " --stage calibrate --calib_T 4 --granularity position"
+    calibrated = run_clm.main(flags(text, inputs, tmp_path / "calibrated"))
+    assert calibrated[0]["perplexity"] == pytest.approx(rows[0]["perplexity"])
+    model = FASGPT2LMHeadModel.from_pretrained(tmp_path / "calibrated")
+    assert model.transformer.h[0].mlp.act.fine_threshold.shape == (16, 64)
+
+
+def test_perplexity_and_spike_rate_are_those_of_a_plain_loop(inputs, tmp_path):
+    start = f"--stage full --model_name_or_path @/gpt2 --do_train --max_steps 1 {CLM_DATA}"
+    rows = run_clm.main(flags(start + " --do_eval --T 3 --per_device_eval_batch_size 3", inputs, tmp_path / "out"))
+    model = FASGPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = [json.loads(line)["text"] for line in (inputs / "held_out.json").read_text().splitlines()]
+    joined = [token for text in texts for token in tokenizer(text).input_ids]
+    ids = torch.tensor(joined[: len(joined) // 16 * 16]).view(-1, 16)
+    emitted = {}
+    for name, neuron in model.neurons():
+        neuron.register_forward_hook(
+            lambda module, _, output, name=name: emitted.update({name: output / module.threshold})
+        )
+    for row in rows:
+        with torch.no_grad():
+            loss = model.set_timesteps(row["T"], row["schedule"])(ids, labels=ids).loss
+        assert row["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
+        if row["T"]:
+            assert row["spike_rate"] == pytest.approx(
+                torch.stack([e.mean() for e in emitted.values()]).mean().item(), rel=1e-4
+            )
+
+
+def test_padding_takes_no_part_in_the_spike_rate(inputs, tmp_path):
+    run_glue.main(flags(f"--model_name_or_path @/bert --do_train --max_steps 1 {GLUE_DATA}", inputs, tmp_path / "out"))
+    evaluate = f"--model_name_or_path {tmp_path / 'out'} --do_eval --T 3 {GLUE_DATA}"
+    rows = run_glue.main(flags(evaluate, inputs, tmp_path / "alone", per_device_eval_batch_size=1))
+    padded = run_glue.main(flags(evaluate + " --pad_to_max_length", inputs, tmp_path / "padded", max_seq_length=24))
+    for row, other in zip(rows[1:], padded[1:], strict=True):
+        assert row["spike_rate"] == pytest.approx(other["spike_rate"], rel=1e-3)
+
+
+class Killed(Exception):
+    """In place of SIGKILL."""
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("clm", "calibrate")]
+
+
+@pytest.mark.parametrize("script", ["glue", "mlm-stream", *SLOW])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(script, inputs, tmp_path, monkeypatch):
+    text = {
+        "glue": "--model_name_or_path @/bert --num_train_epochs 2 " + GLUE_DATA,
+        "clm": "--model_name_or_path @/gpt2 --max_steps 8 --gradient_accumulation_steps 2 " + CLM_DATA,
+        "mlm-stream": f"--model_name_or_path @/bert --max_steps 8 --streaming {CLM_DATA} --max_seq_length 16",
+        "calibrate": f"--stage calibrate --calib_T 2 --model_name_or_path @/qcfs --max_steps 8 {GLUE_DATA}",
+    }[script]
+    main = {"glue": run_glue, "calibrate": run_glue, "clm": run_clm, "mlm-stream": run_mlm}[script].main
+    if script == "calibrate" and not (inputs / "qcfs").is_dir():
+        first = f"--model_name_or_path @/bert --do_train --max_steps 1 {GLUE_DATA}"
+        run_glue.main(flags(first, inputs, inputs / "qcfs"))
+    text += " --do_train --learning_rate 1e-3 --save_strategy steps --save_steps 3"
+    main([*flags(text, inputs, tmp_path / "whole"), "--save_strategy", "no"])
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise Killed
+
+    def interrupted(trainer, *args, **kwargs):
+        trainer.add_callback(Kill())
+        return train(trainer, *args, **kwargs)
+
+    train = FASTrainer.train
+    again = [*flags(text, inputs, tmp_path / "cut"), "--save_strategy", "steps"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(FASTrainer, "train", interrupted)
+        main(again)
+    assert [path.name for path in checkpoints(tmp_path / "cut")] == ["checkpoint-3"]
+    torch.manual_seed(123)
+    main([*again, "--resume_from_checkpoint", "true"])
+    assert largest_difference(tensors(tmp_path / "whole"), tensors(tmp_path / "cut")) == 0
+
+
+def test_half_written_checkpoints_are_never_taken(inputs, tmp_path, monkeypatch):
+    text = f"--model_name_or_path @/bert --do_train --save_steps 1 --max_steps 3 {GLUE_DATA}"
+    out = tmp_path / "out"
+    run = [*flags(text, inputs, out), "--save_strategy", "steps"]
+    run_glue.main(run)
+    expected = tensors(out)
+    # As if killed at each file of the last checkpoint in turn: what a truncated one holds is never read.
+    names = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    (out / "checkpoint-3" / "trainer_state.json").unlink()
+    for name in names:
+        (out / "checkpoint-3" / name).write_bytes(b"half")
+    (out / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2, "log_')
+    assert [is_complete(path) for path in checkpoints(out)] == [True, False, False]
+    with pytest.raises(ValueError, match="`--resume_from_checkpoint` must be a complete checkpoint"):
+        run_glue.main([*run, "--resume_from_checkpoint", str(out / "checkpoint-3")])
+    run_glue.main([*run, "--resume_from_checkpoint", "true"])
+    assert largest_difference(expected, tensors(out)) == 0
+
+    def killed(self, folder):
+        raise Killed
+
+    # Written again over a complete one: it counts as incomplete from the first byte on.
+    shutil.rmtree(out / "checkpoint-3")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(FASTrainer, "_save_optimizer_and_scheduler", killed)
+        run_glue.main([*run, "--resume_from_checkpoint", str(out / "checkpoint-1")])
+    assert [is_complete(path) for path in checkpoints(out)] == [True, False]
+
+
+def test_bad_checkpoints_to_calibrate_are_named(inputs, tmp_path):
+    stage = f"--stage calibrate --calib_T 2 --do_train --max_steps 1 {GLUE_DATA} --model_name_or_path "
+    masked = f"--model_name_or_path @/bert --do_train --max_steps 1 {CLM_DATA} --max_seq_length 16"
+    run_mlm.main(flags(masked, inputs, tmp_path / "mlm"))
+    with pytest.raises(ValueError, match=r"must be fine-tuned on the task for --stage calibrate.*FASBertForMaskedLM"):
+        run_glue.main(flags(stage + str(tmp_path / "mlm"), inputs, tmp_path / "out"))
+    FASBertForSequenceClassification.from_pretrained(inputs / "bert").save_pretrained(tmp_path / "raw")
+    AutoTokenizer.from_pretrained(inputs / "bert").save_pretrained(tmp_path / "raw")
+    with pytest.raises(ValueError, match="with every threshold at its start"):
+        run_glue.main(flags(stage + str(tmp_path / "raw"), inputs, tmp_path / "out"))
+    three = [{"sentence": text, "label": i % 3} for i, text in enumerate(sentences(9))]
+    data = stage.replace("@/train.json", write_lines(tmp_path / "three.json", three))
+    with pytest.raises(ValueError, match=r"`--label_column` must hold class numbers 0 to 1, got 2 in row 2"):
+        run_glue.main(flags(data + str(tmp_path / "raw"), inputs, tmp_path / "out"))
+
+
+def test_convert_runs_all_steps_skips_finished_ones_and_refuses_changed_ones(inputs, tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    common = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "max_steps": 2}
+    common |= {"train_file": str(inputs / "train.json"), "validation_file": str(inputs / "test.json")}
+    steps = {
+        "gelu": {"script": "run_glue", "stage": "baseline", "T": 2},
+        "qcfs": {"script": "run_glue", "T": [1]},
+    }
+    recipe.write_text(json.dumps({"shared": common, "steps": steps}))
+    argv = [str(recipe), "--model_name_or_path", str(inputs / "bert"), "--output_dir", str(tmp_path / "out")]
+    rows = convert.main(argv)
+    assert [row["step"] for row in rows] == ["gelu"] + ["qcfs"] * 3
+    assert not checkpoints(tmp_path / "out" / "qcfs")
+    start = read_results(tmp_path / "out" / "results.json")["configuration"]["qcfs"]["model_name_or_path"]
+    assert start == str(tmp_path / "out" / "gelu")
+
+    calls = []
+    real = run_glue.main
+    monkeypatch.setattr(run_glue, "main", lambda argv: calls.append(argv) or real(argv))
+    assert convert.main(argv) == rows
+    assert calls == []
+    shutil.rmtree(tmp_path / "out" / "qcfs")
+    assert len(convert.main(argv)) == len(rows)
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match=r"step 'gelu' with other settings, .* where learning_rate differ"):
+        convert.main([*argv, "--gelu.learning_rate", "1e-4"])
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in convert.RECIPES.glob("*.yaml")))
+def test_every_recipe_is_made_of_known_flags(recipe, tmp_path):
+    from training.arguments import parse_arguments, read_yaml, to_flags
+
+    content = read_yaml(convert.RECIPES / f"{recipe}.yaml")
+    if "steps" not in content:
+        parse_arguments([*to_flags(content), "--output_dir", str(tmp_path), "--use_cpu"])
+        return
+    for _, script, settings in convert.plan(content, {"model_name_or_path": "x"}, tmp_path / "out"):
+        model, data, training = parse_arguments([*to_flags(settings), "--use_cpu"])
+        stages = {"run_clm": run_clm.STAGES, "run_mlm": ("full",), "run_glue": ("baseline", "downstream", "calibrate")}
+        model.check(script.removeprefix("run_"), stages[script], training.do_eval)
+        training.check(data.streaming)
