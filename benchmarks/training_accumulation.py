@@ -40,7 +40,6 @@ def gradients(model, trainer_class, rows, collator, steps: int, size: int) -> di
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
-            train_sampling_strategy="sequential",
         )
         trainer = trainer_class(model=model, args=args, train_dataset=rows, data_collator=collator)
         found: dict[str, torch.Tensor] = {}

@@ -59,7 +59,8 @@ PUBLISHED = {
 
 def task_lines() -> dict[str, str]:
     """Each task through downstream and calibrate, from the pretrained encoder."""
-    shared = "--dataset_name {glue} --max_seq_length 64 --do_train --do_eval --max_eval_samples 200 --T 4 --L 8"
+    shared = "--dataset_name {glue} --max_seq_length 64 --do_train --do_eval --T 4 --L 8"
+    shared += " --max_train_samples 400 --max_eval_samples 100"
     lines = {}
     for task in TASKS:
         common = f"{shared} --task_name {task} {QUIET} --per_device_eval_batch_size 32 --max_steps {{steps}}"

@@ -1,5 +1,6 @@
 """Data: blocks of tokens, masks that do not depend on batches, metrics, tokenizers."""
 
+import evaluate
 import numpy as np
 import pytest
 import sentencepiece
@@ -8,6 +9,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from sklearn import metrics as sklearn_metrics
 from transformers import AutoTokenizer, EvalPrediction
 
+from training import metrics
 from training.arguments import DataArguments
 from training.data import MaskingCollator, blocks, load_raw, text_splits
 from training.metrics import METRICS, GlueMetric, glue_metric
@@ -212,3 +214,9 @@ def test_sentencepiece_tokens_are_exact_and_survive_saving(kind, backbone, piece
 def test_a_sentencepiece_model_that_cannot_be_reproduced_is_refused(pieces):
     with pytest.raises(ValueError, match="must be a SentencePiece model of type unigram for a bert backbone"):
         sentencepiece_tokenizer(pieces("bpe"), "bert")
+
+
+def test_the_metrics_load_as_a_local_module_of_evaluate(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path), raising=False)
+    loaded = evaluate.load(metrics.__file__, "sst2")
+    assert loaded.compute(predictions=[0, 1], references=[1, 1]) == {"accuracy": 0.5}

@@ -166,7 +166,6 @@ def gradient_of_first_step(kind: str, tmp_path, size: int, steps: int) -> dict[s
         gradient_accumulation_steps=steps,
         max_steps=1,
         max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
     )
     trainer = trainer_class(model=model, args=args, train_dataset=rows(script))
     found = {}

@@ -176,6 +176,10 @@ class FASTrainingArguments(TrainingArguments):
         metadata={"help": "Start anew in an output folder that is not empty; its checkpoints are deleted."},
     )
 
+    group_by_length: bool = field(
+        default=False, metadata={"help": "Make batches of rows of about the same length, so that little is padded."}
+    )
+
     def __post_init__(self):
         for name in ("resume_from_checkpoint", "fsdp"):  # a path or options, or whether at all
             value = getattr(self, name)
@@ -183,6 +187,8 @@ class FASTrainingArguments(TrainingArguments):
                 setattr(self, name, value.lower() == "true")
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
+        if self.group_by_length and hasattr(self, "train_sampling_strategy"):
+            self.train_sampling_strategy = "group_by_length"
         self.dataloader_pin_memory &= torch.cuda.is_available()
         super().__post_init__()
 

@@ -164,9 +164,11 @@ def blocks(
 
 
 def causal_collator(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack blocks of the same length; the labels are the inputs."""
-    batch = default_data_collator(rows)
-    return {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()}
+    """Stack blocks of the same length; the labels are the inputs, but for the first, which nothing predicts."""
+    ids = default_data_collator(rows)["input_ids"]
+    labels = ids.clone()
+    labels[:, 0] = -100  # transformers 4 would count it
+    return {"input_ids": ids, "labels": labels}
 
 
 class MaskingCollator(DataCollatorForLanguageModeling):

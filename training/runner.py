@@ -199,5 +199,16 @@ def train_and_evaluate(
         logger.info("\n" + markdown_table(rows))
     if args.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.end_training()
+    _end(trainer)
     return rows
+
+
+def _end(trainer: Any) -> None:
+    """Leave the process group, in an order that cannot hang.
+
+    The wrapper of the model must go before the group does: destroyed by the wrapper, which holds Python's lock, gloo
+    waits for a thread that waits for that lock.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()

@@ -136,6 +136,8 @@ class FASCalibrationTrainer(FASTrainer):
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+            if hasattr(module, "dropout_prob"):  # of attention, in transformers 4
+                module.dropout_prob = 0.0
         model.set_timesteps(model.config.calib_T, "stepwise")
         super().__init__(model, args, **kwargs)
         self.loss_settings = loss_settings or {}
