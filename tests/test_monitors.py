@@ -48,7 +48,7 @@ def test_counts_are_those_of_all_activations(kind, granularity, schedule, monkey
     real = batch["attention_mask"].bool()
     assert list(monitor.sites) == [name for name, _ in model.neurons()]
     for name, neuron in model.neurons():
-        threshold = neuron.threshold if granularity is None else neuron._fine(kept[name].shape[-2])[0]
+        threshold = neuron.threshold if granularity is None else neuron.fine_threshold  # 9 positions, 9 rows
         values = kept[name].unflatten(0, (-1, 3)) / threshold  # (T, B, …); layerwise (1, B, …), the average over T
         values = values[:, real] if values.dim() == 4 else values
         spikes = (values * (1 if schedule == "stepwise" else T)).round()

@@ -218,8 +218,7 @@ class SiteErrors(_SiteHooks):
 
 def _threshold(neuron: Any, output: torch.Tensor) -> torch.Tensor:
     """The threshold a site used for an output: `(1,)`, `(D,)` or `(S, D)`, float32."""
-    if neuron.T == 0 or neuron.fine_threshold is None:
-        threshold = neuron.threshold
-    else:
-        threshold, _ = neuron._fine(output.shape[-2])
+    threshold = neuron.threshold if neuron.T == 0 or neuron.fine_threshold is None else neuron.fine_threshold
+    if threshold.dim() == 2:
+        threshold = threshold[neuron.position : neuron.position + output.shape[-2]]
     return threshold.float().clamp(min=MIN_THRESHOLD)
