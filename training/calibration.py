@@ -1,0 +1,235 @@
+"""Calibration: the spiking network at `calib_T` timesteps against its ANN, with the parts of the loss by site.
+
+The teacher is the same model at T = 0. Its activation at each neuron site is the target of the time average that the
+site emits, and its logits are the target of the spiking logits. Only `fine_threshold` and `initial_potential` train.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from torch.nn import functional as F
+
+from modeling_fas import MIN_THRESHOLD
+
+
+REDUCTIONS = ("tokens", "published")
+
+
+@dataclass
+class CalibrationLoss:
+    """Loss of one batch and its parts: `loss = site_weight · Σ sites + output_weight · output`.
+
+    Attributes:
+        loss: The scalar to minimise.
+        sites: Alignment error of every site, by name, in the order they run in.
+        output: Error of the logits.
+        logits: Of the spiking network, detached.
+        teacher_logits: Of the ANN.
+    """
+
+    loss: torch.Tensor
+    sites: dict[str, torch.Tensor]
+    output: torch.Tensor
+    logits: torch.Tensor
+    teacher_logits: torch.Tensor
+
+
+def calibration_loss(
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    site_weight: float = 1.0,
+    output_weight: float = 1.0,
+    reduction: str = "tokens",
+    num_rows: torch.Tensor | int | None = None,
+    num_tokens: torch.Tensor | int | None = None,
+) -> CalibrationLoss:
+    """Compare the spiking network at `config.calib_T` with the ANN, site by site and at the output.
+
+    Leaves the model at `calib_T`, as the backward pass of gradient checkpointing needs it, and no hook or tensor on
+    its modules. Dropout must be off, or the target is noise: [`freeze_for_calibration`] sees to it.
+
+    Args:
+        model: A FAS model with a head and fine parameters; may be wrapped for data-parallel training.
+        inputs: Of the model, `(B, S)`; `labels` are dropped.
+        site_weight: Weight of the sum of the site errors.
+        output_weight: Weight of the output error; at 0 it is reported and takes no part.
+        reduction: `"tokens"`: means over what is not padding: the squared error of a site, the KL divergence of the
+            ANN's distribution from the spiking one (causal: where a next token follows), the squared error of a
+            regression. `"published"`: as the published code has it: padding counts, and the divergence of a causal
+            model is summed over positions and divided by the batch. (Its BERT weight of the output is 0.)
+        num_rows: Rows of the accumulated batch, where this is a part of it; B by default.
+        num_tokens: Its tokens without padding, in the same way.
+
+    Raises:
+        ValueError: for an unknown reduction, a model without fine parameters, a folded one, or reentrant gradient
+            checkpointing, which loses the gradient of the site errors.
+
+    Source: Chen et al. 2025, Sec. 3; differs in that padding takes no part and both terms are means.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"`reduction` must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}.")
+    core = extract_model_from_parallel(model)
+    check_calibratable(core)
+    inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    if "use_cache" in inspect.signature(core.forward).parameters:
+        inputs["use_cache"] = False
+
+    with torch.no_grad(), recorded(core, 0) as targets:
+        teacher_logits = model(**inputs)["logits"]
+    with recorded(core, core.config.calib_T) as averages:
+        logits = model(**inputs)["logits"]
+    if torch.is_grad_enabled() and any(
+        neuron.fine_threshold.requires_grad and not averages[name].requires_grad for name, neuron in core.neurons()
+    ):
+        raise ValueError(
+            "`model` must not use reentrant gradient checkpointing, which loses the gradient of the site errors. "
+            'Enable it with gradient_checkpointing_kwargs={"use_reentrant": False}.'
+        )
+
+    mask = real_tokens(inputs, logits) if reduction == "tokens" else None
+    if mask is not None:
+        num_rows = len(logits) if num_rows is None else num_rows
+        num_tokens = mask.sum() if num_tokens is None else num_tokens
+    sites = {name: _site_error(averages[name], targets[name], mask, num_rows, num_tokens) for name in targets}
+    causal = core.config.backbone == "gpt2"
+    output = _output_error(logits, teacher_logits, causal, mask, num_rows, num_tokens)
+    loss = site_weight * torch.stack(list(sites.values())).sum()
+    if output_weight:
+        loss = loss + output_weight * output
+    parts = {name: error.detach() for name, error in sites.items()}
+    return CalibrationLoss(loss, parts, output.detach(), logits.detach(), teacher_logits)
+
+
+def freeze_for_calibration(model: nn.Module) -> list[nn.Parameter]:
+    """Make fine thresholds and initial potentials the only trainable parameters, and turn dropout off, for good.
+
+    Everything before the first site then runs without a graph by itself, and no weight keeps an activation for its
+    gradient.
+
+    Returns:
+        The trainable parameters.
+    """
+    core = extract_model_from_parallel(model)
+    check_calibratable(core)
+    trainable = []
+    for name, parameter in core.named_parameters():
+        parameter.requires_grad_(name.endswith(("fine_threshold", "initial_potential")))
+        if parameter.requires_grad:
+            trainable.append(parameter)
+    for module in core.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return trainable
+
+
+def check_calibratable(model: Any) -> None:
+    """Raise for a model that has no fine parameters, or whose thresholds went into its weights."""
+    if model.config.calib_T is None:
+        raise ValueError("`model` must have fine thresholds to calibrate. Call model.begin_calibration(T) first.")
+    if model.config.folded:
+        raise ValueError("`model` must not be folded: its thresholds are in its weights. Calibrate before folding.")
+
+
+@contextmanager
+def recorded(model: Any, T: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Run the model at T timesteps and record the time average of what every site emits, `(B, …)`, by name."""
+    record: dict[str, torch.Tensor] = {}
+
+    def hook(name):
+        def keep(neuron, _inputs, output):
+            # Saves no tensor for its gradient: recomputing a checkpointed block without the hook sees the same graph.
+            record[name] = output.unflatten(0, (neuron.T, -1)).mean(0) if neuron.stepwise else output
+
+        return keep
+
+    model.set_timesteps(T)
+    handles = [neuron.register_forward_hook(hook(name)) for name, neuron in model.neurons()]
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def real_tokens(inputs: Mapping[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+    """`(B, S)`: True where there is no padding."""
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        return mask.bool()
+    ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    return torch.ones(ids.shape[:2], dtype=torch.bool, device=logits.device)
+
+
+def _site_error(average, target, mask, num_rows, num_tokens) -> torch.Tensor:
+    """Mean squared error of a site: over its elements, or over those of real tokens where there is a mask."""
+    error = (average.float() - target.float()).square()
+    if mask is None:
+        return error.mean()
+    if error.dim() == 2:
+        return error.mean(-1).sum() / num_rows
+    return error.mean(-1).masked_fill(~mask, 0).sum() / num_tokens
+
+
+def _output_error(logits, teacher, causal, mask, num_rows, num_tokens) -> torch.Tensor:
+    """KL(ANN ‖ spiking), by position where logits have positions; the squared error of a regression."""
+    logits, teacher = logits.float(), teacher.float()
+    if logits.dim() == 2 and logits.shape[-1] == 1:
+        return F.mse_loss(logits, teacher, reduction="sum") / (len(logits) if mask is None else num_rows)
+    if causal:
+        logits, teacher = logits[:, :-1], teacher[:, :-1]
+    target = teacher.log_softmax(-1)
+    divergence = (target.exp() * (target - logits.log_softmax(-1))).sum(-1)
+    if mask is None:
+        return divergence.sum() / len(logits)
+    if divergence.dim() == 1:
+        return divergence.sum() / num_rows
+    if causal:
+        mask, num_tokens = mask[:, :-1] & mask[:, 1:], num_tokens - num_rows
+    return divergence.masked_fill(~mask, 0).sum() / num_tokens
+
+
+@torch.no_grad()
+def fold_thresholds(model: Any) -> None:
+    """Multiply every (fine) threshold into the weight that follows its site, in place: what travels is then 0 or 1.
+
+    `W · (θ s) = (W θ) s`, so the outputs stay what they were, up to rounding, in every mode. The transform of the
+    masked language modelling head keeps its threshold, since a norm follows it.
+
+    Raises:
+        ValueError: at granularity `"position"`, where a weight would have to know the position; for a model that is
+            folded already; or for a bare BERT with a pooler, whose head is elsewhere.
+    """
+    if model.config.folded:
+        raise ValueError("`model` must not be folded already.")
+    if model.config.calib_T is not None and model.config.granularity == "position":
+        raise ValueError(
+            "`granularity` must be 'neuron' or 'layer' to fold, got 'position': a weight serves all positions. "
+            "Calibrate with granularity 'neuron'."
+        )
+    if model.config.backbone == "bert" and not hasattr(model, "cls") and not hasattr(model, "classifier"):
+        raise ValueError(f"`model` must have its head, got {type(model).__name__}: the pooler folds into the classifier.")
+    for name, neuron in model.neurons():
+        weight, inputs_first = _following(model, name)
+        if weight is None:
+            continue
+        threshold = neuron.threshold if neuron.fine_threshold is None else neuron.fine_threshold
+        threshold = threshold.clamp(MIN_THRESHOLD)
+        weight.mul_(threshold[:, None] if inputs_first and len(threshold) > 1 else threshold)
+        neuron.folded = True
+    model.config.folded = True
+
+
+def _following(model: Any, name: str) -> tuple[nn.Parameter | None, bool]:
+    """Weight that follows a site, and whether its inputs come first; none where a norm follows."""
+    if name.endswith("mlp.act"):
+        return model.get_submodule(name.removesuffix("act") + "c_proj").weight, True
+    if name.endswith("intermediate.intermediate_act_fn"):
+        return model.get_submodule(name.removesuffix("intermediate.intermediate_act_fn") + "output.dense").weight, False
+    return (model.classifier.weight if name.endswith("pooler.activation") else None), False
