@@ -1,0 +1,63 @@
+# `make demo` and `make test` need Python 3.11 and nothing else: each makes .venv on first use.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+JOBS ?= 2
+ARGS ?=
+BENCHMARKS ?= $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
+MATRIX_TESTS ?= tests/test_models.py tests/test_remote_code.py tests/test_generation.py
+
+VENV := .venv
+OLD_VENV := .venv-transformers4
+RUN := $(VENV)/bin/python
+OLD_RUN := $(OLD_VENV)/bin/python
+
+.PHONY: help demo test test-slow test-matrix quality style bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
+
+demo: $(VENV)/.installed ## convert a real BERT on real sentences and run it as a spiking network (ARGS="--help" for flags)
+	$(RUN) -m training.demo $(ARGS)
+
+test: $(VENV)/.installed ## the default tests: offline, under 3 minutes on two cores
+	$(RUN) -m pytest -n $(JOBS) $(ARGS)
+
+test-slow: $(VENV)/.installed ## the tests marked slow
+	$(RUN) -m pytest -n $(JOBS) -m slow $(ARGS)
+
+test-matrix: $(VENV)/.installed $(OLD_VENV)/.installed ## model tests and exchanged checkpoints under transformers 4.57 and 5.23
+	$(OLD_RUN) -m pytest -n $(JOBS) $(MATRIX_TESTS)
+	$(RUN) -m pytest -n $(JOBS) $(MATRIX_TESTS)
+	$(RUN) tests/matrix.py $(OLD_RUN) $(RUN)
+
+quality: $(VENV)/.installed ## formatting, lint and types, changing nothing
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+style: $(VENV)/.installed ## format, and fix what lint can fix
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+bench: $(VENV)/.installed ## every script in benchmarks/, one CPU thread (BENCHMARKS="benchmarks/x.py" for one)
+	@test -n "$(BENCHMARKS)" || { echo "there are no scripts in benchmarks/" >&2; exit 1; }
+	for script in $(BENCHMARKS); do OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=. $(RUN) $$script $(ARGS); done
+
+clean: ## remove the virtual environments and the tools' caches
+	rm -rf $(VENV) $(OLD_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# A virtual environment is made anew when what it is made from changes.
+$(VENV)/.installed: constraints.txt
+$(VENV)/.installed: EXTRAS := dev,demo
+$(OLD_VENV)/.installed: constraints-transformers4.txt
+$(OLD_VENV)/.installed: EXTRAS := dev
+
+%/.installed: pyproject.toml
+	@echo "Installing into $* (once; minutes)"
+	@$(PYTHON) -m venv --clear $*
+	@$*/bin/python -m pip install --quiet -c $(filter constraints%,$^) -e ".[$(EXTRAS)]"
+	@touch $@

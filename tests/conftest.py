@@ -1,0 +1,51 @@
+"""Every test runs offline, seeded and on one thread; deprecation notices of transformers fail the test."""
+
+import logging
+import os
+from pathlib import Path
+
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+
+import pytest
+import torch
+from transformers import set_seed
+
+from outside import run_outside as run_outside_repository
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_calls():
+    """transformers announces most deprecations through its logger; warnings are turned to errors in pyproject.toml."""
+    notices: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: notices.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    deprecated = [notice for notice in notices if "deprecated" in notice.lower()]
+    assert not deprecated, f"transformers calls this deprecated: {deprecated}"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of goldens, data and models beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs {folder}, which is not part of the repository")
+    return folder
+
+
+@pytest.fixture
+def run_outside(tmp_path):
+    """`run_outside(["-c", code, ...])`: a new process in `tmp_path` that cannot import this repository; its output."""
+    return lambda args: run_outside_repository(args, tmp_path)

@@ -1,0 +1,91 @@
+"""The promises of the project around the models: packaging, targets, pins, and what the Hub files may import."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import modeling_fas
+
+
+tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HUB_FILES = {"configuration_fas.py": {"transformers"}, "modeling_fas.py": {"transformers", "torch"}}
+PRODUCT = sorted(ROOT / name for name in HUB_FILES) + sorted((ROOT / "training").rglob("*.py"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported_modules(tree: ast.Module) -> set[str]:
+    """Absolute module names a file imports; relative ones with their leading dots."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + (node.module or ""))
+    return names
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][a-z-]*):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_help_lists_every_target():
+    listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[0] for line in listed.splitlines()} == make_targets()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_documents_name_only_what_exists(document):
+    text = document.read_text()
+    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text)
+    assert [link for link in links if not (document.parent / link).exists()] == []
+    assert set(re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", text, re.MULTILINE)) <= {
+        pair for target in make_targets() for pair in ((target, ""), ("", target))
+    }
+
+
+def test_version_is_the_same_everywhere():
+    assert modeling_fas.__version__ == PROJECT["version"]
+    assert f"\nversion: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_hub_files_import_only_what_a_checkpoint_may_rely_on(name):
+    siblings = {Path(file).stem for file in HUB_FILES} - {Path(name).stem}
+    allowed = HUB_FILES[name] | siblings | {f".{sibling}" for sibling in siblings} | sys.stdlib_module_names
+    modules = imported_modules(ast.parse((ROOT / name).read_text()))
+    assert {module for module in modules if module not in allowed and module.split(".")[0] not in allowed} == set()
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=relative)
+def test_nothing_is_pickled(path):
+    tree = ast.parse(path.read_text())
+    modules = {module.split(".")[0] for module in imported_modules(tree)}
+    assert modules & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"} == set()
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert calls & {"torch.save", "torch.load"} == set()
+
+
+@pytest.mark.parametrize("constraints", sorted(ROOT.glob("constraints*.txt")), ids=relative)
+def test_pins_satisfy_the_declared_ranges(constraints):
+    pins = [Requirement(line) for line in constraints.read_text().splitlines() if not line.startswith("#")]
+    pinned = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    declared = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+    for requirement in declared:
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement.name} is not pinned"
+        assert requirement.specifier.contains(version, prereleases=True), f"{requirement} excludes {version}"
