@@ -394,7 +394,7 @@ class _FASMixin:
         if granularity == "position" and length is None:
             raise ValueError("`length` must be the longest sequence length at granularity 'position', got None.")
         if self.config.folded:
-            raise ValueError("`model` must not be folded: its thresholds are in its weights. Calibrate before folding.")
+            raise ValueError("`model` must not be folded: calibrate before its thresholds go into its weights.")
         if granularity == "position" and self.config.chunk_size_feed_forward:
             raise ValueError("`granularity` must not be 'position' where `config.chunk_size_feed_forward` is set.")
         self.config.granularity = granularity

@@ -1,12 +1,19 @@
 """Calibration: what its loss sees, what trains, the coarse search, folding."""
 
 import copy
+import json
 
 import pytest
-import tiny
 import torch
 
-from training.calibration import calibration_loss, fold_thresholds, freeze_for_calibration
+import tiny
+from training.calibration import (
+    calibration_loss,
+    describe_sites,
+    fold_thresholds,
+    freeze_for_calibration,
+    save_record,
+)
 from training.coarse import coarse_search, set_pair
 
 
@@ -155,8 +162,12 @@ def test_a_model_without_fine_parameters_is_refused(act):
 
 @pytest.mark.parametrize(
     "kind, schedule, granularity",
-    [("gpt2", "stepwise", "neuron"), ("mlm", "stepwise", "layer"), ("classify", "stepwise", "position")]
-    + [("classify", "layerwise", "neuron")],
+    [
+        ("gpt2", "stepwise", "neuron"),
+        ("mlm", "stepwise", "layer"),
+        ("classify", "stepwise", "position"),
+        ("classify", "layerwise", "neuron"),
+    ],
 )
 def test_coarse_search_reports_the_error_it_leaves(kind, schedule, granularity):
     model = tiny.model(kind, schedule=schedule)
@@ -193,8 +204,13 @@ def test_coarse_search_finds_the_best_pair_of_every_site_in_turn():
 
 @pytest.mark.parametrize(
     "T, schedule, granularity",
-    [(4, "stepwise", "neuron"), (4, "stepwise", "layer"), (4, "stepwise", None)]
-    + [(0, "stepwise", "neuron"), (1, "layerwise", "neuron")],
+    [
+        (4, "stepwise", "neuron"),
+        (4, "stepwise", "layer"),
+        (4, "stepwise", None),
+        (0, "stepwise", "neuron"),
+        (1, "layerwise", "neuron"),
+    ],
 )
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_folding_leaves_outputs_and_sends_zeros_and_ones(kind, T, schedule, granularity, tmp_path):
@@ -229,3 +245,44 @@ def test_what_cannot_be_folded_says_why():
         model.begin_calibration(2)
     with pytest.raises(ValueError, match="head"):
         fold_thresholds(calibrated("classify").bert)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("schedule", ["stepwise", "layerwise"])
+def test_generation_after_calibration_is_the_same_with_a_cache(schedule, granularity):
+    model = calibrated("gpt2", granularity=granularity, schedule=schedule).double()
+    coarse_search(model, tiny.batch("gpt2"), scales=(0.5, 0.8), potentials=(0.3,), progress=False)
+    prompt = {name: tiny.batch("gpt2", padding="left")[name] for name in ("input_ids", "attention_mask")}
+    settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cached, plain = (model.generate(**prompt, **settings, use_cache=use) for use in (True, False))
+    assert torch.equal(cached.sequences, plain.sequences)
+    torch.testing.assert_close(cached.logits, plain.logits)
+
+
+def test_what_one_length_calibrated_serves_every_other():
+    model = tiny.model("gpt2")
+    model.begin_calibration(4)
+    batch = tiny.batch("gpt2")
+    coarse_search(model, batch, scales=(0.5, 0.8, 1.0), potentials=(0.2, 0.5), progress=False)
+    ids = torch.randint(1, tiny.VOCABULARY, (2, tiny.POSITIONS), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        whole = model.double()(input_ids=ids).logits
+        for length in (1, 5, 16):
+            torch.testing.assert_close(model(input_ids=ids[:, :length]).logits, whole[:, :length])
+
+
+def test_the_record_says_what_was_done_to_every_site(tmp_path):
+    model, batch = tiny.model("classify"), tiny.batch("classify")
+    model.begin_calibration(4)
+    stages = {"uncalibrated": describe_sites(model, batch)}
+    found = coarse_search(model, batch, scales=(0.5, 0.8, 1.0), potentials=(0.2, 0.5), progress=False)
+    stages["coarse"] = describe_sites(model, batch)
+    save_record(tmp_path, model, stages)
+    record = json.loads((tmp_path / "calibration.json").read_text())
+    assert (record["T"], record["granularity"], record["schedule"]) == (4, "neuron", "stepwise")
+    assert list(record["stages"]) == ["uncalibrated", "coarse"]
+    for name, site in record["stages"]["coarse"].items():
+        assert site["scale"] == pytest.approx(found[name]["scale"])
+        assert site["initial_potential"] == pytest.approx(found[name]["initial_potential"])
+        assert site["error"] == pytest.approx(found[name]["error"], rel=1e-5)
+        assert record["stages"]["uncalibrated"][name]["scale"] == 1

@@ -5,9 +5,11 @@ site emits, and its logits are the target of the spiking logits. Only `fine_thre
 """
 
 import inspect
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,10 @@ from torch.nn import functional as F
 
 from modeling_fas import MIN_THRESHOLD
 
+from .results import write_json
 
+
+RECORD_FILE = "calibration.json"
 REDUCTIONS = ("tokens", "published")
 
 
@@ -129,12 +134,48 @@ def freeze_for_calibration(model: nn.Module) -> list[nn.Parameter]:
     return trainable
 
 
+@torch.no_grad()
+def describe_sites(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    """Say of every site how its thresholds stand to the scalar one, where it starts, and its error on a batch.
+
+    Returns:
+        By site: `scale` and `initial_potential`, means over its neurons, with `scale_min` and `scale_max`; `error`,
+        the mean squared distance of its time average from the ANN's activation.
+    """
+    errors = calibration_loss(model, inputs).sites
+    described = {}
+    for name, neuron in extract_model_from_parallel(model).neurons():
+        scale = neuron.fine_threshold / neuron.threshold
+        described[name] = {
+            "scale": scale.mean().item(),
+            "scale_min": scale.min().item(),
+            "scale_max": scale.max().item(),
+            "initial_potential": neuron.initial_potential.mean().item(),
+            "error": errors[name].item(),
+        }
+    return described
+
+
+def save_record(folder: str | os.PathLike, model: Any, stages: Mapping[str, Any], **more: Any) -> None:
+    """Write `calibration.json` beside a checkpoint: its settings, and [`describe_sites`] after every stage.
+
+    Args:
+        folder: Of the checkpoint.
+        model: That was calibrated.
+        stages: What [`describe_sites`] said, by name, such as `uncalibrated`, `coarse` and `fine`.
+        **more: Further fields, such as the settings of the training.
+    """
+    config = extract_model_from_parallel(model).config
+    settings = {"T": config.calib_T, "L": config.L, "schedule": config.schedule, "granularity": config.granularity}
+    write_json(Path(folder) / RECORD_FILE, {**settings, **more, "stages": stages})
+
+
 def check_calibratable(model: Any) -> None:
     """Raise for a model that has no fine parameters, or whose thresholds went into its weights."""
     if model.config.calib_T is None:
         raise ValueError("`model` must have fine thresholds to calibrate. Call model.begin_calibration(T) first.")
     if model.config.folded:
-        raise ValueError("`model` must not be folded: its thresholds are in its weights. Calibrate before folding.")
+        raise ValueError("`model` must not be folded: calibrate before its thresholds go into its weights.")
 
 
 @contextmanager
@@ -214,7 +255,7 @@ def fold_thresholds(model: Any) -> None:
             "Calibrate with granularity 'neuron'."
         )
     if model.config.backbone == "bert" and not hasattr(model, "cls") and not hasattr(model, "classifier"):
-        raise ValueError(f"`model` must have its head, got {type(model).__name__}: the pooler folds into the classifier.")
+        raise ValueError(f"`model` must have its head, which the pooler folds into, got {type(model).__name__}.")
     for name, neuron in model.neurons():
         weight, inputs_first = _following(model, name)
         if weight is None:
@@ -230,6 +271,7 @@ def _following(model: Any, name: str) -> tuple[nn.Parameter | None, bool]:
     """Weight that follows a site, and whether its inputs come first; none where a norm follows."""
     if name.endswith("mlp.act"):
         return model.get_submodule(name.removesuffix("act") + "c_proj").weight, True
-    if name.endswith("intermediate.intermediate_act_fn"):
-        return model.get_submodule(name.removesuffix("intermediate.intermediate_act_fn") + "output.dense").weight, False
+    if name.endswith("intermediate_act_fn"):
+        layer = name.removesuffix(".intermediate.intermediate_act_fn")
+        return model.get_submodule(f"{layer}.output.dense").weight, False
     return (model.classifier.weight if name.endswith("pooler.activation") else None), False

@@ -30,8 +30,9 @@ def _parquet(path, split):
 
 def finetune(model, batches, lr, threshold_lr):
     """One pass over the batches: AdamW, linear warm-up and decay, thresholds with a rate of their own."""
+    model.get_input_embeddings().requires_grad_(False)  # to save time
     own = [p for n, p in model.named_parameters() if n.endswith("threshold")]
-    rest = [p for n, p in model.named_parameters() if not n.endswith(("threshold", "word_embeddings.weight"))]
+    rest = [p for n, p in model.named_parameters() if p.requires_grad and not n.endswith("threshold")]
     optimizer = torch.optim.AdamW(
         [{"params": rest, "lr": lr, "weight_decay": 0.01}, {"params": own, "lr": threshold_lr, "weight_decay": 0.0}]
     )
@@ -54,13 +55,13 @@ def finetune(model, batches, lr, threshold_lr):
 class Glue:
     """A GLUE task on all-MiniLM-L6-v2: GELU fine-tuned once, one QCFS fine-tuning a seed from there."""
 
-    sizes = {"sst2": (12000, 8000, None), "cola": (8551, 8551, None), "stsb": (5749, 3000, 750)}
+    max_length = 64
+    sizes = {"sst2": (12000, 4000, None), "cola": (5000, 3000, None), "stsb": (3000, 1500, 400)}
     rates = {"gelu": (5e-5, 0.0), "qcfs": (5e-5, 1e-2)}
 
     def __init__(self, name):
         self.name, self.regression = name, name == "stsb"
         self.metric = {"sst2": "accuracy", "cola": "matthews", "stsb": "pearson_spearman"}[name]
-        self.higher_is_better = True
         self.gelu_rows, self.qcfs_rows, self.eval_rows = self.sizes[name]
 
     @cached_property
@@ -72,7 +73,7 @@ class Glue:
         if count is not None and count < len(data):
             data = data.shuffle(seed=seed).select(range(count))
         text = (data["sentence1"][:], data["sentence2"][:]) if self.regression else (data["sentence"][:],)
-        rows = self.tokenizer(*text, truncation=True, max_length=64)
+        rows = self.tokenizer(*text, truncation=True, max_length=self.max_length)
         return [
             {"input_ids": ids, "token_type_ids": types, "labels": label}
             for ids, types, label in zip(rows["input_ids"], rows["token_type_ids"], data["label"], strict=True)
@@ -97,10 +98,6 @@ class Glue:
         padding = {"padding": "max_length", "max_length": length} if length else {"padding": True}
         return {**self.tokenizer.pad(rows, return_tensors="pt", **padding), "labels": labels}
 
-    @cached_property
-    def max_length(self):
-        return 64
-
     def calibration_batches(self, steps, size, seed, length=None):
         """Labels dropped: calibration takes none."""
         batches = self.batches(self.rows("train", steps * size, 100 + seed), size, seed, length)
@@ -112,13 +109,24 @@ class Glue:
 
     @torch.no_grad()
     def evaluate(self, model, length=None):
+        """Metrics and the logits they came from."""
         model.eval()
         pairs = [(model(**b).logits, b["labels"]) for b in self.batches(self.evaluation, 64, length=length)]
-        logits, labels = (torch.cat(part).squeeze(-1).numpy() for part in zip(*pairs, strict=True))
-        if self.name == "stsb":
-            return 50 * float(pearsonr(logits, labels)[0] + spearmanr(logits, labels)[0])
-        guess = logits.argmax(-1)
-        return 100 * float(matthews_corrcoef(labels, guess) if self.name == "cola" else (guess == labels).mean())
+        logits, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
+        guess, truth = logits.squeeze(-1).numpy() if self.regression else logits.argmax(-1).numpy(), labels.numpy()
+        if self.regression:
+            score = 50 * float(pearsonr(guess, truth)[0] + spearmanr(guess, truth)[0])
+        else:
+            score = 100 * float(matthews_corrcoef(truth, guess) if self.name == "cola" else (guess == truth).mean())
+        return {self.metric: score}, logits
+
+    def describe(self):
+        return {
+            "model": "all-MiniLM-L6-v2",
+            "evaluation_rows": len(self.evaluation),
+            "gelu": f"one epoch on {self.gelu_rows} rows, the same for every seed",
+            "qcfs": f"one epoch on {self.qcfs_rows} rows from the GELU model; rows and order by seed",
+        }
 
     def gelu(self):
         path = CACHE / self.name / "gelu"
@@ -144,7 +152,6 @@ class Glue:
 class Prose:
     """Language modelling with gpt2-prose-mini: the stock model, one QCFS fine-tuning a seed on prose."""
 
-    metric, higher_is_better, regression = "perplexity", False, False
     name, max_length = "prose", 128
     rates = {"qcfs": (2e-4, 1e-2)}
 
@@ -175,7 +182,10 @@ class Prose:
 
     @cached_property
     def evaluation(self):
-        return {"prose": self.windows("prose", "validation", 64), "wikitext": self.windows("wikitext-103", "validation", 64)}
+        return {
+            "prose": self.windows("prose", "validation", 48),
+            "wikitext": self.windows("wikitext-103", "validation", 48),
+        }
 
     @torch.no_grad()
     def evaluate(self, model, length=None):
@@ -184,7 +194,15 @@ class Prose:
             name: [float(model(input_ids=part, labels=part).loss) for part in windows.split(16)]
             for name, windows in self.evaluation.items()
         }
-        return {name: math.exp(sum(each) / len(each)) for name, each in losses.items()}
+        return {f"{name}_perplexity": math.exp(sum(each) / len(each)) for name, each in losses.items()}, None
+
+    def describe(self):
+        return {
+            "model": "gpt2-prose-mini",
+            "evaluation_windows": {name: len(windows) for name, windows in self.evaluation.items()},
+            "window": self.max_length,
+            "qcfs": "120 steps of 8 x 128 tokens of prose from the stock model",
+        }
 
     def gelu(self):
         return GPT2LMHeadModel.from_pretrained(PROSE_MINI, dtype="float32").eval()
@@ -194,7 +212,7 @@ class Prose:
         if not path.exists():
             set_seed(seed)
             model = FASGPT2LMHeadModel.from_pretrained(PROSE_MINI, L=L, dtype="float32")
-            windows = self.windows("prose", "train", 8 * 250, seed)
+            windows = self.windows("prose", "train", 8 * 120, seed)
             batches = [{"input_ids": part, "labels": part} for part in windows.split(8)]
             _save(finetune(model, batches, *self.rates["qcfs"]), path)
         return FASGPT2LMHeadModel.from_pretrained(path).eval()
