@@ -8,7 +8,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 JOBS ?= 2
 ARGS ?=
 BENCHMARKS ?= $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
-MATRIX_TESTS ?= tests/test_models.py tests/test_remote_code.py tests/test_generation.py
+MATRIX_TESTS ?= tests/test_configuration.py tests/test_goldens.py tests/test_models.py tests/test_generation.py tests/test_loading.py
 
 VENV := .venv
 OLD_VENV := .venv-transformers4

@@ -116,7 +116,7 @@ class FASConfig(PretrainedConfig):
         super().__setattr__(name, value)
 
     @classmethod
-    def _reads(cls, model_type: str) -> bool:
+    def _reads(cls, model_type: str | None) -> bool:
         return model_type in (cls.backbone, cls.model_type)
 
     def _warn_about_unknown_keys(self, kwargs: dict[str, Any], from_file: bool) -> None:
@@ -147,7 +147,7 @@ class FASConfig(PretrainedConfig):
         return config_dict, kwargs
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):  # type: ignore[override]
         if cls is not FASConfig:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config_dict, _ = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)

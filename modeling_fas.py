@@ -20,6 +20,7 @@ from transformers import (
     BertModel,
     GPT2LMHeadModel,
     GPT2Model,
+    PreTrainedModel,
 )
 from transformers.models.bert.modeling_bert import BertLayer, BertOutput, BertPredictionHeadTransform
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
@@ -27,7 +28,7 @@ from transformers.utils import can_return_tuple
 
 
 try:
-    from .configuration_fas import FASBertConfig, FASGPT2Config, __version__
+    from .configuration_fas import FASBertConfig, FASGPT2Config, __version__  # type: ignore[import-not-found]
 except ImportError:
     from configuration_fas import FASBertConfig, FASGPT2Config, __version__
 
@@ -76,7 +77,7 @@ def _spike_count(z: torch.Tensor, initial_potential: torch.Tensor | float, T: in
 
 
 class _SpikeRate(torch.autograd.Function):
-    """Threshold times the firing rate under constant input, with the straight-through gradient; keeps the input only."""
+    """Threshold times the firing rate for a constant input, straight-through gradient; keeps the input only."""
 
     @staticmethod
     def forward(ctx, x, threshold, initial_potential, T):
@@ -99,7 +100,9 @@ class _SpikeRate(torch.autograd.Function):
             grad_theta = grad * _spike_count(z, potential, ctx.T).div_(ctx.T) - inside * z
             grad_threshold = grad_theta.sum_to_size(threshold.shape).to(threshold.dtype)
         if ctx.needs_input_grad[2]:
-            grad_potential = (inside * (theta / ctx.T)).sum_to_size(initial_potential.shape).to(initial_potential.dtype)
+            grad_potential = (
+                (inside * (theta / ctx.T)).sum_to_size(initial_potential.shape).to(initial_potential.dtype)
+            )
         return inside.to(x.dtype), grad_threshold, grad_potential, None
 
 
@@ -253,8 +256,8 @@ class FASNeuron(nn.Module):
 
     def refine(self, granularity: str, length: int | None = None) -> None:
         """Give the site fine thresholds, equal to its threshold, and initial potentials of 1/2."""
-        shapes = {"layer": (1,), "neuron": (self.width,), "position": (length, self.width)}
-        shape = shapes["neuron" if granularity == "position" and not self.per_position else granularity]
+        by_position = granularity == "position" and self.per_position
+        shape = [length or 1] * by_position + [1 if granularity == "layer" else self.width]
         self.fine_threshold = nn.Parameter(self.threshold.detach().expand(shape).clone())
         self.initial_potential = nn.Parameter(torch.full_like(self.fine_threshold, 0.5))
 
@@ -265,8 +268,10 @@ class FASNeuron(nn.Module):
             nn.init.constant_(self.fine_threshold, self.initial_threshold)
             nn.init.constant_(self.initial_potential, 0.5)
 
-    def _fine(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fine threshold and initial potential for `length` columns of input."""
+    def _spiking_thresholds(self, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Threshold and initial potential (`None`: 1/2) at T > 0, for `length` columns of input."""
+        if self.fine_threshold is None:
+            return self.threshold, None
         if self.fine_threshold.dim() < 2:
             return self.fine_threshold, self.initial_potential
         rows = slice(self.position, self.position + length)
@@ -298,9 +303,7 @@ class FASNeuron(nn.Module):
     def _emit(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.T == 0:
             return qcfs(hidden_states, self.threshold, self.L)
-        threshold, potential = self.threshold, None
-        if self.fine_threshold is not None:
-            threshold, potential = self._fine(hidden_states.shape[-2])
+        threshold, potential = self._spiking_thresholds(hidden_states.shape[-2])
         if not self.stepwise:
             return spike_rate(hidden_states, threshold, potential, self.T)
         if potential is None:
@@ -348,11 +351,8 @@ def _with_mask_rows(index: int, rows: int, args: tuple, kwargs: dict[str, Any]) 
     return args, kwargs
 
 
-class _FASMixin:
+class _FASMixin(PreTrainedModel):
     """What every spiking model adds to its stock class."""
-
-    # Stock BERT ignores `num_items_in_batch`; saying so makes the Trainer divide by the accumulation steps.
-    accepts_loss_kwargs: bool
 
     def neurons(self) -> list[tuple[str, FASNeuron]]:
         """Names and modules of the neuron sites, in the order they run in."""
@@ -422,7 +422,15 @@ class _FASMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         if kwargs.setdefault("use_safetensors", True) is False:
             raise ValueError("`use_safetensors` must be True: pickled weights can run code and are not read.")
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":  # safetensors itself may not be imported here
+                raise
+            raise OSError(
+                f"`model.safetensors` of {str(pretrained_model_name_or_path)!r} is truncated or damaged: {error}. "
+                "Download or save it again."
+            ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, parameter in model.named_parameters():
             if name.endswith(("threshold", "initial_potential")) and not parameter.is_meta:
@@ -498,7 +506,7 @@ class FASGPT2MLP(GPT2MLP):
         super().__init__(intermediate_size, config)
         self.act = FASNeuron(config, intermediate_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states):
         output = super().forward(hidden_states)
         if output.shape[0] == hidden_states.shape[0]:
             return output
@@ -619,8 +627,8 @@ class FASBertModel(_FASTrunkMixin, BertModel):
     def __init__(self, config, add_pooling_layer: bool = True):
         super().__init__(config, add_pooling_layer=add_pooling_layer)
         self.encoder.layer = nn.ModuleList(FASBertLayer(config, layer_idx=i) for i in range(config.num_hidden_layers))
-        if add_pooling_layer:
-            self.pooler.activation = FASNeuron(config, config.hidden_size, per_position=False)
+        if self.pooler is not None:
+            self.pooler.register_module("activation", FASNeuron(config, config.hidden_size, per_position=False))
         self._prepare_neurons()
 
     @can_return_tuple
@@ -640,6 +648,7 @@ class FASBertForMaskedLM(_FASMixin, BertForMaskedLM):
 
     config_class = FASBertConfig
     _no_split_modules = ["BertEmbeddings", "FASBertLayer"]
+    # Stock BERT ignores `num_items_in_batch`; saying so makes the Trainer divide by the accumulation steps.
     accepts_loss_kwargs = False
 
     def __init__(self, config):
@@ -650,7 +659,7 @@ class FASBertForMaskedLM(_FASMixin, BertForMaskedLM):
         self.post_init()
 
     @functools.wraps(BertForMaskedLM.forward)
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, **kwargs):  # type: ignore[override]
         self._sync_neurons()
         return super().forward(*args, **kwargs)
 
@@ -663,7 +672,7 @@ class FASBertForSequenceClassification(_FASMixin, BertForSequenceClassification)
 
     config_class = FASBertConfig
     _no_split_modules = ["BertEmbeddings", "FASBertLayer"]
-    accepts_loss_kwargs = False
+    accepts_loss_kwargs = False  # as above
 
     def __init__(self, config):
         super().__init__(config)

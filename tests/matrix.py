@@ -6,6 +6,7 @@ remote code, in a process that cannot import this repository, and must reproduce
 logits are float64: in float32 a rounding difference between versions can flip a quantisation level.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -84,10 +85,13 @@ def load(folder: Path) -> None:
 
 def main(pythons: list[str]) -> None:
     script = Path(__file__).resolve()
+    repository = str(script.parents[1])
     version = ["-c", "import transformers; print('transformers', transformers.__version__)"]
     for writer in pythons:
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([writer, str(script), "save", folder], check=True, cwd=script.parents[1])
+            subprocess.run(
+                [writer, str(script), "save", folder], check=True, env=os.environ | {"PYTHONPATH": repository}
+            )
             for reader in pythons:
                 names = [subprocess.check_output([p, *version], text=True).strip() for p in (writer, reader)]
                 print(f"saved by {names[0]}, loaded by {names[1]}")

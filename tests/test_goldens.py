@@ -1,9 +1,9 @@
 """The published numbers, reproduced: neurons, QCFS, spiking, padding, generation (`goldens/README.md`)."""
 
-import golden
 import pytest
 import torch
 
+import golden
 from modeling_fas import integrate_and_fire, qcfs
 
 

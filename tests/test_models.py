@@ -2,13 +2,12 @@
 
 import copy
 
-import naive
 import pytest
-import tiny
 import torch
 from transformers import AutoModel, BertForMaskedLM, BertForSequenceClassification, GPT2LMHeadModel
 
-import modeling_fas
+import naive
+import tiny
 
 
 STOCK = {"gpt2": GPT2LMHeadModel, "mlm": BertForMaskedLM, "classify": BertForSequenceClassification}
@@ -114,9 +113,7 @@ def test_outputs_have_the_stock_form(kind, T, schedule, attention):
 @torch.no_grad()
 def test_eager_and_sdpa_attention_agree(kind):
     inputs = tiny.batch(kind)
-    logits = [
-        tiny.model(kind, T=4, attn_implementation=each).double()(**inputs).logits for each in ("eager", "sdpa")
-    ]
+    logits = [tiny.model(kind, T=4, attn_implementation=each).double()(**inputs).logits for each in ("eager", "sdpa")]
     torch.testing.assert_close(*logits, **EXACT)
 
 
@@ -142,7 +139,8 @@ def test_without_sites_replaced_the_weights_are_the_stock_model(kind, tmp_path):
 def test_gradient_checkpointing_changes_no_gradient(kind, T, schedule):
     inputs, model = tiny.batch(kind), tiny.model(kind, T=T, schedule=schedule).double().train()
     plain = gradients(model, model(**inputs).loss)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers 5.23 renames it.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     checkpointed = gradients(model, model(**inputs).loss)
     assert plain.keys() == checkpointed.keys()
     for name, gradient in plain.items():
@@ -158,15 +156,9 @@ def test_every_parameter_moves(kind, T):
     assert {name for name in still if "key.bias" not in name} == set()
 
 
-@pytest.mark.parametrize(
-    "kind, T, schedule",
-    [("gpt2", 4, "stepwise")]
-    + [
-        pytest.param(kind, T, schedule, marks=pytest.mark.slow)
-        for kind in tiny.KINDS
-        for T, schedule in ((0, "stepwise"), (4, "stepwise"), (4, "layerwise"))
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("T, schedule", [(0, "stepwise"), (4, "stepwise"), (4, "layerwise")])
 def test_the_whole_model_compiles_without_a_graph_break(kind, T, schedule):
     torch._dynamo.reset()
     layers = {"n_layer" if kind == "gpt2" else "num_hidden_layers": 2}
@@ -267,5 +259,5 @@ def test_thresholds_stay_positive_through_training_and_saving(tmp_path):
     assert any(neuron.threshold.item() <= 0 for _, neuron in model.neurons())
     logits = model.eval()(**inputs).logits
     model.save_pretrained(tmp_path)
-    assert all(neuron.threshold.item() >= modeling_fas.MIN_THRESHOLD for _, neuron in model.neurons())
+    assert all(neuron.threshold.item() > 0 for _, neuron in model.neurons())
     assert torch.equal(tiny.CLASSES["classify"].from_pretrained(tmp_path)(**inputs).logits, logits)

@@ -1,9 +1,9 @@
 """The bare neuron: identities at exact boundaries, closed form against the loop, state and precision."""
 
-import naive
 import pytest
 import torch
 
+import naive
 import tiny
 from modeling_fas import FASNeuron, integrate_and_fire, qcfs, spike_rate
 

@@ -1,0 +1,171 @@
+"""Saving and loading: round trips, a process without this repository, and everything that can be wrong with a file."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+import tiny
+from modeling_fas import FASBertForMaskedLM, FASGPT2LMHeadModel
+
+
+AUTO = {
+    "gpt2": AutoModelForCausalLM,
+    "mlm": AutoModelForMaskedLM,
+    "classify": AutoModelForSequenceClassification,
+}
+
+# One process for the three task classes: importing torch and transformers is what takes the time.
+REMOTE = """
+import importlib.util, sys, torch, transformers
+assert importlib.util.find_spec("modeling_fas") is None, "the repository is on the path"
+for arguments in sys.argv[1:]:
+    folder, auto, T, schedule = arguments.split()
+    load = lambda folder, **settings: getattr(transformers, auto).from_pretrained(
+        folder, trust_remote_code=True, **settings
+    ).eval()
+    model = load(folder, T=int(T), schedule=schedule)
+    assert (model.config.T, model.config.schedule) == (int(T), schedule)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    inputs = torch.load(folder + "/inputs.pt", weights_only=True)
+    logits = model(**inputs).logits
+    torch.save(logits, folder + "/logits.pt")
+    model.save_pretrained(folder + "/again")
+    assert torch.equal(load(folder + "/again")(**inputs).logits, logits)
+"""
+
+
+def test_a_new_process_without_the_repository_gives_equal_logits(tmp_path, run_outside):
+    modes = {"gpt2": (4, "stepwise"), "mlm": (3, "stepwise"), "classify": (2, "layerwise")}
+    expected, arguments = {}, []
+    for kind, (T, schedule) in modes.items():
+        model, inputs, folder = tiny.model(kind), tiny.batch(kind), tmp_path / kind
+        if kind == "gpt2":
+            model.begin_calibration(4)
+            torch.nn.init.uniform_(model.transformer.h[1].mlp.act.fine_threshold, 0.4, 1.2)
+        model.save_pretrained(folder)
+        torch.save(inputs, folder / "inputs.pt")
+        arguments.append(f"{folder} {AUTO[kind].__name__} {T} {schedule}")
+        expected[folder] = model.set_timesteps(T, schedule)(**inputs).logits
+    run_outside(["-c", REMOTE, *arguments])
+    for folder, logits in expected.items():
+        assert torch.equal(torch.load(folder / "logits.pt", weights_only=True), logits)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("granularity", [None, "layer", "neuron", "position"])
+def test_auto_classes_load_what_was_saved(kind, granularity, tmp_path):
+    model, inputs = tiny.model(kind, T=4), tiny.batch(kind)
+    if granularity:
+        model.begin_calibration(4, granularity, 9)
+        for _, neuron in model.neurons():
+            torch.nn.init.uniform_(neuron.fine_threshold, 0.4, 1.2)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "config.json",
+        "configuration_fas.py",
+        "modeling_fas.py",
+        "model.safetensors",
+    }
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    bert_heads = {"AutoModelForMaskedLM", "AutoModelForSequenceClassification"}
+    heads = {"AutoModelForCausalLM"} if kind == "gpt2" else bert_heads
+    assert auto_map.keys() == {"AutoConfig", "AutoModel"} | heads
+    loaded = AUTO[kind].from_pretrained(tmp_path)
+    assert type(loaded) is tiny.CLASSES[kind]
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    state, saved = loaded.state_dict(), model.state_dict()
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[key], saved[key]) for key in saved)
+    assert AutoModel.from_pretrained(tmp_path).config.T == 4
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_nothing_is_uninitialised_after_loading_a_stock_checkpoint(kind, tmp_path):
+    stock = (GPT2LMHeadModel if kind == "gpt2" else BertForMaskedLM)(stock_config(kind))
+    stock.save_pretrained(tmp_path)
+    for calibrated in (None, 4):
+        model = tiny.CLASSES[kind].from_pretrained(tmp_path, initial_threshold=1.7, calib_T=calibrated)
+        for _, neuron in model.neurons():
+            assert neuron.threshold.item() == pytest.approx(1.7)
+            if calibrated:
+                assert torch.all(neuron.fine_threshold == neuron.threshold)
+                assert torch.all(neuron.initial_potential == 0.5)
+
+
+def stock_config(kind):
+    if kind == "gpt2":
+        return GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=64, n_positions=32)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    return BertConfig(**sizes, vocab_size=64, max_position_embeddings=32)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    GPT2LMHeadModel(stock_config("gpt2")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"must hold a 'bert' or 'fas_bert' checkpoint.*got one of type 'gpt2'"):
+        FASBertForMaskedLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.3, float("nan")])
+@pytest.mark.parametrize("fine", [False, True])
+def test_a_threshold_that_cannot_fire_is_refused(value, fine, tmp_path):
+    model = tiny.model("gpt2", T=2)
+    if fine:
+        model.begin_calibration(2)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    key = f"transformer.h.1.mlp.act.{'fine_' if fine else ''}threshold"
+    weights[key][0] = value
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"`{key}` must be finite and, if a threshold, above 0, got {value}"):
+        FASGPT2LMHeadModel.from_pretrained(tmp_path)
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    tiny.model("gpt2").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(OSError, match=r"model.safetensors.*(truncated|incomplete)"):
+        FASGPT2LMHeadModel.from_pretrained(tmp_path)
+
+
+def test_pickled_weights_are_neither_read_nor_written(tmp_path):
+    with pytest.raises(ValueError, match=r"`use_safetensors` must be True"):
+        FASGPT2LMHeadModel.from_pretrained(tmp_path, use_safetensors=False)
+    with pytest.raises(ValueError, match=r"`safe_serialization` must be True"):
+        tiny.model("gpt2").save_pretrained(tmp_path, safe_serialization=False)
+    assert not list(tmp_path.iterdir())
+    model = tiny.model("gpt2")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"model.safetensors"):
+        FASGPT2LMHeadModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("T", [0, 4])
+def test_inputs_that_cannot_run_are_refused(kind, T):
+    model = tiny.model(kind, T=T)
+    with pytest.raises(ValueError, match=f"must not be longer than the {tiny.POSITIONS} positions.*got 33"):
+        model(torch.ones(1, 33, dtype=torch.long))
+    for shape in ((0, 5), (2, 0)):
+        with pytest.raises(ValueError, match=r"`input_ids` must hold at least one token, got shape \(\d, \d\)"):
+            model(torch.ones(shape, dtype=torch.long))
+
+
+def test_a_wrong_setting_stops_loading(tmp_path):
+    tiny.model("gpt2").save_pretrained(tmp_path)
+    for wrong in ({"T": -1}, {"T": 2.5}, {"L": 0}, {"schedule": "sideways"}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **wrong)
