@@ -183,8 +183,8 @@ class Prose:
     @cached_property
     def evaluation(self):
         return {
-            "prose": self.windows("prose", "validation", 48),
-            "wikitext": self.windows("wikitext-103", "validation", 48),
+            "prose": self.windows("prose", "validation", 32),
+            "wikitext": self.windows("wikitext-103", "validation", 32),
         }
 
     @torch.no_grad()
@@ -201,7 +201,7 @@ class Prose:
             "model": "gpt2-prose-mini",
             "evaluation_windows": {name: len(windows) for name, windows in self.evaluation.items()},
             "window": self.max_length,
-            "qcfs": "120 steps of 8 x 128 tokens of prose from the stock model",
+            "qcfs": "80 steps of 8 x 128 tokens of prose from the stock model",
         }
 
     def gelu(self):
@@ -212,7 +212,7 @@ class Prose:
         if not path.exists():
             set_seed(seed)
             model = FASGPT2LMHeadModel.from_pretrained(PROSE_MINI, L=L, dtype="float32")
-            windows = self.windows("prose", "train", 8 * 120, seed)
+            windows = self.windows("prose", "train", 8 * 80, seed)
             batches = [{"input_ids": part, "labels": part} for part in windows.split(8)]
             _save(finetune(model, batches, *self.rates["qcfs"]), path)
         return FASGPT2LMHeadModel.from_pretrained(path).eval()

@@ -22,10 +22,12 @@ from training.results import read_results, write_results
 
 RESULTS = ROOT / "benchmarks" / "results" / "calibration"
 SETTINGS = {
-    "coarse": {"rows": 96},
-    "fine": {"steps": 60, "batch_size": 16, "lr": 0.01, "site_weight": 1.0, "output_weight": 1.0},
+    "rows": {"glue": 64, "prose": 8},  # of the batch that the searches see
+    "fine": {"lr": 0.02, "site_weight": 10.0, "output_weight": 1.0},
     # The published recipe: position granularity at one padded length, fixed pair, its losses, rates and decay.
-    "published": {"steps": 60, "batch_size": 16, "lr_gpt2": 0.003, "lr_bert": 0.07},
+    "published": {"lr_gpt2": 0.003, "lr_bert": 0.07},
+    "steps": 30,
+    "batch_size": {"glue": 16, "prose": 4},
 }
 
 
@@ -44,21 +46,21 @@ def train(model, batches, lr, **loss):
 
 def calibrate(model, task, variant, T, seed):
     """Calibrate in place; returns what is needed to evaluate and to report."""
-    settings = SETTINGS[variant]
+    kind = "prose" if task.name == "prose" else "glue"
+    length = task.max_length if variant == "published" else None
+    batches = task.calibration_batches(SETTINGS["steps"], SETTINGS["batch_size"][kind], seed, length)
     if variant == "published":
-        length, gpt2 = task.max_length, task.name == "prose"
         model.begin_calibration(T, "position", length)
         for _, neuron in model.neurons():
             set_pair(neuron, *PUBLISHED_PAIR)
-        batches = task.calibration_batches(settings["steps"], settings["batch_size"], seed, length)
-        rate = settings["lr_gpt2" if gpt2 else "lr_bert"]
-        train(model, batches, rate, reduction="published", output_weight=float(gpt2))
+        rate = SETTINGS["published"]["lr_gpt2" if kind == "prose" else "lr_bert"]
+        train(model, batches, rate, reduction="published", output_weight=float(kind == "prose"))
         return {"length": length}
     model.begin_calibration(T)
-    sites = coarse_search(model, task.calibration_batches(1, SETTINGS["coarse"]["rows"], seed)[0], progress=False)
+    batch = task.calibration_batches(1, SETTINGS["rows"][kind], seed)[0]
+    sites = coarse_search(model, batch, per_neuron=variant != "coarse", progress=False)
     if variant == "fine":
-        batches = task.calibration_batches(settings["steps"], settings["batch_size"], seed)
-        train(model, batches, settings["lr"], **{k: v for k, v in settings.items() if k.endswith("weight")})
+        train(model, batches, **SETTINGS["fine"])
     return {"sites": sites}
 
 
@@ -110,7 +112,7 @@ def main():
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--T", nargs="+", type=int, default=[4, 8, 2, 1])
-    parser.add_argument("--variants", nargs="+", default=["uncalibrated", "coarse", "fine", "published"])
+    parser.add_argument("--variants", nargs="+", default=["uncalibrated", "coarse", "neuron", "fine", "published"])
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

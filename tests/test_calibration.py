@@ -286,3 +286,27 @@ def test_the_record_says_what_was_done_to_every_site(tmp_path):
         assert site["initial_potential"] == pytest.approx(found[name]["initial_potential"])
         assert site["error"] == pytest.approx(found[name]["error"], rel=1e-5)
         assert record["stages"]["uncalibrated"][name]["scale"] == 1
+
+
+def test_search_by_neuron_gives_each_its_own_pair_and_silent_ones_that_of_their_site():
+    model, by_site = tiny.model("gpt2"), tiny.model("gpt2")
+    ids = torch.randint(1, tiny.VOCABULARY, (8, tiny.POSITIONS), generator=torch.Generator().manual_seed(2))
+    batch, settings = {"input_ids": ids}, {"scales": (0.5, 0.7, 1.0), "potentials": (0.2, 0.5), "progress": False}
+    for each in (model, by_site):
+        with torch.no_grad():
+            each.transformer.h[0].mlp.c_fc.bias[:4] = -100.0  # silent neurons
+    model.begin_calibration(3)
+    found = coarse_search(model, batch, per_neuron=True, **settings)
+    coarse_search(by_site.begin_calibration(3), batch, **settings)
+    neuron, other = model.transformer.h[0].mlp.act, by_site.transformer.h[0].mlp.act
+    assert torch.equal(neuron.fine_threshold[:4], other.fine_threshold[:4])
+    assert torch.equal(neuron.initial_potential[:4], other.initial_potential[:4])
+    assert any(len(each.fine_threshold.unique()) > 1 for _, each in model.neurons())
+    with torch.no_grad():
+        sites = calibration_loss(model, batch).sites
+        first = next(iter(sites))
+        assert float(sites[first]) <= float(calibration_loss(by_site, batch).sites[first])
+    for name, error in sites.items():
+        assert float(error) == pytest.approx(found[name]["error"], rel=1e-5)
+    with pytest.raises(ValueError, match="per_neuron"):
+        coarse_search(tiny.model("gpt2").begin_calibration(3, "layer"), batch, per_neuron=True)

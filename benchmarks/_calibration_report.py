@@ -1,0 +1,112 @@
+"""Write the tables of docs/calibration.md and docs/choosing-L-and-T.md, and the plot, from the results files.
+
+python benchmarks/_calibration_report.py
+"""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+from training.results import markdown_table, read_results
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LABELS = {
+    "gelu": "GELU",
+    "qcfs": "QCFS, L = 8",
+    "uncalibrated": "stepwise, uncalibrated",
+    "published": "stepwise, published recipe",
+    "coarse": "stepwise, coarse by site",
+    "neuron": "stepwise, coarse by neuron",
+    "fine": "stepwise, coarse + fine",
+}
+METRICS = {
+    "accuracy": "SST-2, accuracy %",
+    "matthews": "CoLA, Matthews × 100",
+    "pearson_spearman": "STS-B, mean of Pearson and Spearman × 100",
+    "prose_perplexity": "prose, perplexity",
+    "wikitext_perplexity": "WikiText-103 (tokens version), perplexity",
+    "divergence_from_qcfs": "divergence of the output from QCFS",
+}
+
+
+def spread(values):
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "") if values else "–"
+
+
+def quality_tables():
+    """One table by task and metric: variants by timesteps, mean and standard deviation over seeds; the gap closed."""
+    found = defaultdict(lambda: defaultdict(list))
+    for path in sorted((RESULTS / "calibration").glob("*_s*.json")):
+        record = read_results(path)
+        seeds = {(row["variant"], row["T"]): row for row in record["metrics"]}
+        for row in record["metrics"]:
+            for metric in METRICS.keys() & row.keys():
+                cell = found[record["configuration"]["task"], metric]
+                cell[row["variant"], row["T"]].append(row[metric])
+                ends = [seeds.get(key, {}).get(metric) for key in (("uncalibrated", row["T"]), ("qcfs", None))]
+                if row["T"] and None not in ends and ends[0] != ends[1] and metric != "divergence_from_qcfs":
+                    cell["ends", row["variant"], row["T"]].append((row[metric] - ends[0], ends[1] - ends[0]))
+    text = []
+    for (task, metric), cell in sorted(
+        found.items(), key=lambda item: (item[0][0], item[0][1] == "divergence_from_qcfs")
+    ):
+        rows = []
+        for variant, label in LABELS.items():
+            row = {"": label}
+            if variant in ("gelu", "qcfs"):
+                row |= {"ANN": spread(cell[variant, None])}
+            else:
+                for T in (1, 2, 4, 8):
+                    row[f"T = {T}"] = spread(cell[variant, T])
+                    ends = cell["ends", variant, T]
+                    if variant != "uncalibrated" and ends and (gap := sum(end[1] for end in ends)):
+                        row[f"T = {T}"] += f" ({100 * sum(end[0] for end in ends) / gap:.0f} %)"
+            rows.append(row)
+        seeds = len(cell["uncalibrated", 4])
+        columns = ["", "ANN", "T = 1", "T = 2", "T = 4", "T = 8"]
+        text.append(
+            f"**{METRICS[metric]}** ({task}, {seeds} seed{'s' * (seeds != 1)})\n\n{markdown_table(rows, columns)}"
+        )
+    return "\n\n".join(text)
+
+
+def cost_table():
+    rows = []
+    for path in sorted(RESULTS.glob("calibration_cost_*.json")):
+        record = read_results(path)
+        metrics, settings = record["metrics"], record["configuration"]
+        rows.append(
+            {
+                "model": settings["size"],
+                "batch × length, T": f"{settings['batch_size']} × {settings['length']}, {settings['T']}",
+                "CPU s, published": metrics["cpu_seconds"]["published"],
+                "ours": metrics["cpu_seconds"]["ours"],
+                "ratio": metrics["cpu_seconds_ratio"],
+                "peak MB, published": metrics["peak_memory_mb"]["published"],
+                "ours ": metrics["peak_memory_mb"]["ours"],
+                "ratio ": metrics["peak_memory_mb_ratio"],
+                "extra parameters, %": 100 * metrics["extra_parameters_share"],
+            }
+        )
+    return markdown_table(rows, digits=2)
+
+
+def write(document, tables):
+    """Replace what stands between `<!-- name -->` and `<!-- end name -->`."""
+    path = ROOT / "docs" / document
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+        text = re.sub(pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
+    path.write_text(text, encoding="utf-8")
+
+
+def main():
+    write("calibration.md", {"quality": quality_tables(), "cost": cost_table()})
+
+
+if __name__ == "__main__":
+    main()
