@@ -50,9 +50,8 @@ def quality_tables():
                 if row["T"] and None not in ends and ends[0] != ends[1] and metric != "divergence_from_qcfs":
                     cell["ends", row["variant"], row["T"]].append((row[metric] - ends[0], ends[1] - ends[0]))
     text = []
-    for (task, metric), cell in sorted(
-        found.items(), key=lambda item: (item[0][0], item[0][1] == "divergence_from_qcfs")
-    ):
+    for task, metric in sorted(found, key=lambda key: (key[0], list(METRICS).index(key[1]))):
+        cell = found[task, metric]
         rows = []
         for variant, label in LABELS.items():
             row = {"": label}
@@ -67,9 +66,8 @@ def quality_tables():
             rows.append(row)
         seeds = len(cell["uncalibrated", 4])
         columns = ["", "ANN", "T = 1", "T = 2", "T = 4", "T = 8"]
-        text.append(
-            f"**{METRICS[metric]}** ({task}, {seeds} seed{'s' * (seeds != 1)})\n\n{markdown_table(rows, columns)}"
-        )
+        title = f"**{METRICS[metric]}** ({task}, {seeds} seed{'s' * (seeds != 1)})"
+        text.append(f"{title}\n\n{markdown_table(rows, columns)}")
     return "\n\n".join(text)
 
 

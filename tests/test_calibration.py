@@ -1,6 +1,7 @@
 """Calibration: what its loss sees, what trains, the coarse search, folding."""
 
 import copy
+import inspect
 import json
 
 import pytest
@@ -38,6 +39,13 @@ def gradients(model, inputs, **settings):
     parts = calibration_loss(model, inputs, **settings)
     parts.loss.backward()
     return parts, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def checkpoint(model, use_reentrant: bool) -> None:
+    """Turn gradient checkpointing on; transformers 5.23 renames it, arguments included or not."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    name = next(each for each in inspect.signature(enable).parameters if each.endswith("checkpointing_kwargs"))
+    enable(**{name: {"use_reentrant": use_reentrant}})
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -108,7 +116,7 @@ def test_gradient_checkpointing_changes_nothing(kind):
     model = calibrated(kind)
     freeze_for_calibration(model)
     plain, expected = gradients(model.train(), tiny.batch(kind))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint(model, use_reentrant=False)
     checkpointed, actual = gradients(model.train(), tiny.batch(kind))
     assert torch.equal(plain.loss, checkpointed.loss)
     torch.testing.assert_close(actual, expected)
@@ -117,7 +125,7 @@ def test_gradient_checkpointing_changes_nothing(kind):
 def test_reentrant_checkpointing_is_refused():
     model = calibrated("gpt2")
     freeze_for_calibration(model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint(model, use_reentrant=True)
     model.train().enable_input_require_grads()
     with pytest.raises(ValueError, match="use_reentrant"):
         calibration_loss(model, tiny.batch("gpt2"))

@@ -1,4 +1,4 @@
-"""Coarse calibration: scales of the threshold and initial potentials by search, site after site, without a gradient."""
+"""Coarse calibration: scales of the thresholds and initial potentials by search, front to back, no gradient."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product
