@@ -154,6 +154,10 @@ class Prose:
 
     name, max_length = "prose", 128
     rates = {"qcfs": (2e-4, 1e-2)}
+    sources = {"prose": "prose", "wikitext": "wikitext-103"}
+
+    def __init__(self, steps=60, windows=32, evaluate_on=("prose", "wikitext")):
+        self.steps, self.eval_windows, self.evaluate_on = steps, windows, evaluate_on
 
     @cached_property
     def tokenizer(self):
@@ -162,7 +166,7 @@ class Prose:
     def windows(self, path, split, count, seed=None, length=128):
         """`count` windows of `length` tokens, documents joined by end-of-text, without overlap."""
         text = _parquet(path, split)["text"][:]
-        size = max(1, len(text) // 64)
+        size = max(1, len(text) // 512)
         starts = list(range(0, len(text), size))
         if seed is not None:
             random.Random(seed).shuffle(starts)
@@ -183,8 +187,7 @@ class Prose:
     @cached_property
     def evaluation(self):
         return {
-            "prose": self.windows("prose", "validation", 32),
-            "wikitext": self.windows("wikitext-103", "validation", 32),
+            name: self.windows(self.sources[name], "validation", self.eval_windows, 0) for name in self.evaluate_on
         }
 
     @torch.no_grad()
@@ -201,18 +204,18 @@ class Prose:
             "model": "gpt2-prose-mini",
             "evaluation_windows": {name: len(windows) for name, windows in self.evaluation.items()},
             "window": self.max_length,
-            "qcfs": "80 steps of 8 x 128 tokens of prose from the stock model",
+            "qcfs": f"{self.steps} steps of 8 x 128 tokens of prose from the stock model",
         }
 
     def gelu(self):
         return GPT2LMHeadModel.from_pretrained(PROSE_MINI, dtype="float32").eval()
 
     def qcfs(self, seed, L=8):
-        path = CACHE / self.name / f"qcfs_L{L}_s{seed}"
+        path = CACHE / self.name / f"qcfs_L{L}_s{seed}_{self.steps}"
         if not path.exists():
             set_seed(seed)
             model = FASGPT2LMHeadModel.from_pretrained(PROSE_MINI, L=L, dtype="float32")
-            windows = self.windows("prose", "train", 8 * 80, seed)
+            windows = self.windows("prose", "train", 8 * self.steps, seed)
             batches = [{"input_ids": part, "labels": part} for part in windows.split(8)]
             _save(finetune(model, batches, *self.rates["qcfs"]), path)
         return FASGPT2LMHeadModel.from_pretrained(path).eval()
