@@ -54,6 +54,8 @@ def quality_tables():
         cell = found[task, metric]
         rows = []
         for variant, label in LABELS.items():
+            if not any(cell[variant, T] for T in (None, 1, 2, 4, 8)):
+                continue
             row = {"": label}
             if variant in ("gelu", "qcfs"):
                 row |= {"ANN": spread(cell[variant, None])}
@@ -65,7 +67,7 @@ def quality_tables():
                         row[f"T = {T}"] += f" ({100 * sum(end[0] for end in ends) / gap:.0f} %)"
             rows.append(row)
         seeds = len(cell["uncalibrated", 4])
-        columns = ["", "ANN", "T = 1", "T = 2", "T = 4", "T = 8"]
+        columns = ["", "ANN", *(f"T = {T}" for T in (1, 2, 4, 8) if cell["uncalibrated", T])]
         title = f"**{METRICS[metric]}** ({task}, {seeds} seed{'s' * (seeds != 1)})"
         text.append(f"{title}\n\n{markdown_table(rows, columns)}")
     return "\n\n".join(text)
@@ -92,6 +94,37 @@ def cost_table():
     return markdown_table(rows, digits=2)
 
 
+def l_and_t():
+    """Table of perplexities by L and T, and the plot beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    record = read_results(RESULTS / "choosing_L_and_T.json")
+    steps = record["configuration"]["T"]
+    found = {(row["L"], row["mode"], row["T"]): row["prose_perplexity"] for row in record["metrics"]}
+    rows = []
+    modes = ("stepwise", "stepwise, calibrated", "layerwise")
+    figure, axes = pyplot.subplots(1, 3, sharey=True, figsize=(9, 3), layout="constrained")
+    for mode, axis in zip(modes, axes, strict=True):
+        for i, L in enumerate(record["configuration"]["L"]):
+            scores = [found.get((L, mode, T)) for T in steps]
+            ann = found.get((L, "QCFS", 0))
+            rows.append(
+                {"schedule": mode, "L": L, "QCFS": ann} | {f"T = {T}": s for T, s in zip(steps, scores, strict=True)}
+            )
+            points = [(T, score) for T, score in zip(steps, scores, strict=True) if score is not None]
+            axis.plot(*zip(*points, strict=True), "o-", label=f"L = {L}", color=f"C{i}") if points else None
+            axis.axhline(ann, color=f"C{i}", linestyle=":", linewidth=1) if ann else None
+        axis.set(title=mode, xlabel="T", xscale="log", yscale="log", xticks=steps, xticklabels=steps)
+        axis.minorticks_off()
+    axes[0].set_ylabel("perplexity on prose (dotted: QCFS)")
+    axes[0].legend()
+    figure.savefig(ROOT / "docs" / "L-and-T.svg", metadata={"Date": None})
+    return "![Perplexity by T, for each L](L-and-T.svg)\n\n" + markdown_table(rows, digits=1)
+
+
 def write(document, tables):
     """Replace what stands between `<!-- name -->` and `<!-- end name -->`."""
     path = ROOT / "docs" / document
@@ -104,6 +137,8 @@ def write(document, tables):
 
 def main():
     write("calibration.md", {"quality": quality_tables(), "cost": cost_table()})
+    if (RESULTS / "choosing_L_and_T.json").exists():
+        write("choosing-L-and-T.md", {"l-and-t": l_and_t()})
 
 
 if __name__ == "__main__":
