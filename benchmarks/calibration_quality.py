@@ -54,7 +54,7 @@ def calibrate(model, task, variant, T, seed):
         for _, neuron in model.neurons():
             set_pair(neuron, *PUBLISHED_PAIR)
         rate = SETTINGS["published"]["lr_gpt2" if kind == "prose" else "lr_bert"]
-        train(model, batches, rate, reduction="published", output_weight=float(kind == "prose"))
+        train(model, batches, rate, reduction="published", site_weight=1.0, output_weight=float(kind == "prose"))
         return {"length": length}
     model.begin_calibration(T)
     batch = task.calibration_batches(1, SETTINGS["rows"][kind], seed)[0]

@@ -181,7 +181,9 @@ def test_coarse_search_reports_the_error_it_leaves(kind, schedule, granularity):
     model = tiny.model(kind, schedule=schedule)
     model.begin_calibration(3, granularity, tiny.POSITIONS if granularity == "position" else None)
     batch = tiny.batch(kind)
-    found = coarse_search(model, batch, scales=(0.5, 0.75, 1.0), potentials=(0.2, 0.5), progress=False)
+    found = coarse_search(
+        model, batch, per_neuron=False, scales=(0.5, 0.75, 1.0), potentials=(0.2, 0.5), progress=False
+    )
     assert list(found) == [name for name, _ in model.neurons()]
     with torch.no_grad():
         sites = calibration_loss(model, batch).sites
@@ -204,7 +206,8 @@ def test_coarse_search_finds_the_best_pair_of_every_site_in_turn():
             with torch.no_grad():
                 errors[pair] = float(calibration_loss(expected, batch).sites[name])
         set_pair(neuron, *min(errors, key=errors.__getitem__))
-    coarse_search(model, batch, scales=(0.5, 0.7, 1.0), potentials=(0.2, 0.5), progress=False)
+    settings = {"scales": (0.5, 0.7, 1.0), "potentials": (0.2, 0.5), "progress": False}
+    coarse_search(model, batch, per_neuron=False, **settings)
     for (_, neuron), (_, other) in zip(model.neurons(), expected.neurons(), strict=True):
         assert torch.equal(neuron.fine_threshold, other.fine_threshold)
         assert torch.equal(neuron.initial_potential, other.initial_potential)
@@ -304,8 +307,8 @@ def test_search_by_neuron_gives_each_its_own_pair_and_silent_ones_that_of_their_
         with torch.no_grad():
             each.transformer.h[0].mlp.c_fc.bias[:4] = -100.0  # silent neurons
     model.begin_calibration(3)
-    found = coarse_search(model, batch, per_neuron=True, **settings)
-    coarse_search(by_site.begin_calibration(3), batch, **settings)
+    found = coarse_search(model, batch, **settings)
+    coarse_search(by_site.begin_calibration(3), batch, per_neuron=False, **settings)
     neuron, other = model.transformer.h[0].mlp.act, by_site.transformer.h[0].mlp.act
     assert torch.equal(neuron.fine_threshold[:4], other.fine_threshold[:4])
     assert torch.equal(neuron.initial_potential[:4], other.initial_potential[:4])

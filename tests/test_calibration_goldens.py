@@ -44,9 +44,8 @@ def calibrated(name: str):
 
 
 def published_loss(model, tensors):
-    return calibration_loss(
-        model, golden.inputs(tensors), reduction="published", output_weight=float(model.config.backbone == "gpt2")
-    )
+    weights = {"site_weight": 1.0, "output_weight": float(model.config.backbone == "gpt2")}
+    return calibration_loss(model, golden.inputs(tensors), reduction="published", **weights)
 
 
 def assert_gradients(parameters, tensors, prefix):

@@ -37,7 +37,7 @@ def coarse_search(
     model: Any,
     inputs: Mapping[str, torch.Tensor],
     *,
-    per_neuron: bool = False,
+    per_neuron: bool | None = None,
     scales: Sequence[float] = SCALES,
     potentials: Sequence[float] = POTENTIALS,
     max_tokens: int = 512,
@@ -53,7 +53,7 @@ def coarse_search(
         model: With fine parameters; left at `calib_T`.
         inputs: Of the model, `(B, S)`, without labels or with: they are not used. A few dozen rows will do.
         per_neuron: Whether every neuron has a pair of its own: that with the least error of its own tokens and of 16
-            more at the site's average. Not at granularity `"layer"`.
+            more at the site's average. By default, unless the granularity is `"layer"`.
         scales: Of the threshold, to try.
         potentials: To try.
         max_tokens: Real tokens, evenly spaced, that a site is judged by.
@@ -67,6 +67,8 @@ def coarse_search(
         ValueError: for a model without fine parameters, a folded one, or `per_neuron` at granularity `"layer"`.
     """
     check_calibratable(model)
+    if per_neuron is None:
+        per_neuron = model.config.granularity != "layer"
     if per_neuron and model.config.granularity == "layer":
         raise ValueError("`per_neuron` needs granularity 'neuron' or 'position', got a model calibrated by 'layer'.")
     model.eval()
