@@ -63,7 +63,8 @@ def quality_tables():
                 for T in (1, 2, 4, 8):
                     row[f"T = {T}"] = spread(cell[variant, T])
                     ends = cell["ends", variant, T]
-                    if variant != "uncalibrated" and ends and (gap := sum(end[1] for end in ends)):
+                    gap = sum(end[1] for end in ends)
+                    if variant != "uncalibrated" and (gap < 0 if metric.endswith("perplexity") else gap > 0):
                         row[f"T = {T}"] += f" ({100 * sum(end[0] for end in ends) / gap:.0f} %)"
             rows.append(row)
         seeds = len(cell["uncalibrated", 4])
