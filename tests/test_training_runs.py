@@ -83,6 +83,12 @@ def test_a_classifier_through_all_stages(inputs, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "calibrated")("good film").input_ids
     record = read_results(tmp_path / "calibrated" / "evaluation.json")
     assert record["metrics"] == calibrated
+    calibration = read_results(tmp_path / "calibrated" / "calibration.json")
+    assert list(calibration["stages"]) == ["uncalibrated", "coarse", "fine"]
+    before, coarse = (
+        sum(site["error"] for site in calibration["stages"][s].values()) for s in ("uncalibrated", "coarse")
+    )
+    assert coarse < before
     assert "--stage calibrate" in record["command"] and record["configuration"]["model"]["calib_T"] == 2
 
 

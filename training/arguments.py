@@ -66,6 +66,14 @@ class ModelArguments:
         default="neuron",
         metadata={"help": "Who shares a fine threshold.", "choices": ["layer", "neuron", "position"]},
     )
+    coarse: str = field(
+        default="search",
+        metadata={
+            "help": "Where calibration starts: search: thresholds and initial potentials found site by site on 64 "
+            "rows of the training data; published: 0.6 and 0.2 of the threshold; none: as before calibration.",
+            "choices": ["search", "published", "none"],
+        },
+    )
     initial_threshold: float | None = field(
         default=None, metadata={"help": "Threshold of a site for which the checkpoint has none."}
     )

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from modeling_fas import FASNeuron, integrate_and_fire, spike_rate
 
-from .calibration import check_calibratable, real_tokens, recorded
+from .calibration import check_calibratable, describe_sites, real_tokens, recorded
 
 
 PUBLISHED_PAIR = (0.6, 0.2)
@@ -128,3 +128,25 @@ def _errors(neuron, steps, target, scale, potential) -> torch.Tensor:
     else:
         average = spike_rate(steps[0], threshold, start, neuron.T)
     return (average - target).square().mean(0)
+
+
+def start_calibration(model: Any, inputs: Mapping[str, torch.Tensor], coarse: str = "search") -> dict[str, Any]:
+    """Set the start of gradient calibration on one batch.
+
+    Args:
+        model: With fresh fine parameters.
+        inputs: Of the model, `(B, S)`.
+        coarse: `"search"`, `"published"` (0.6 and 0.2 of the threshold, everywhere) or `"none"`.
+
+    Returns:
+        [`describe_sites`] at stage `uncalibrated` and, unless `"none"`, `coarse`: what [`save_record`] takes.
+    """
+    stages = {"uncalibrated": describe_sites(model, inputs)}
+    if coarse == "none":
+        return stages
+    if coarse == "search":
+        coarse_search(model, inputs)
+    else:
+        for _, neuron in model.neurons():
+            set_pair(neuron, *PUBLISHED_PAIR)
+    return stages | {"coarse": describe_sites(model, inputs)}

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,19 @@ from .arguments import (
     ModelArguments,
     parse_arguments,
 )
+from .calibration import RECORD_FILE, describe_sites, save_record
 from .checkpoints import checkpoint_to_resume, remove_checkpoints
+from .coarse import start_calibration
 from .data import AnyDataset
 from .evaluation import evaluate_modes
-from .results import markdown_table, write_results
+from .results import markdown_table, read_results, write_results
 
 
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "evaluation.json"
+# Rows of training data that the coarse search and the calibration record look at.
+COARSE_ROWS = 64
 
 
 @dataclass
@@ -40,6 +45,7 @@ class Run:
     training: FASTrainingArguments
     config: Any
     command: list[str]
+    starts_calibration: bool = False
 
     @property
     def stage(self) -> str:
@@ -148,6 +154,7 @@ def _begin_calibration(run: Run, model: Any) -> None:
         length = model.config.max_position_embeddings
         length = min(length, run.data.block_size or run.data.max_seq_length or length)
         model.begin_calibration(*wanted, length=length if run.model.granularity == "position" else None)
+        run.starts_calibration = True
     elif (model.config.calib_T, model.config.granularity) != wanted:
         raise ValueError(
             f"`--calib_T` and --granularity must be those the checkpoint was calibrated with, "
@@ -175,8 +182,12 @@ def train_and_evaluate(
             if checkpoint is None and args.overwrite_output_dir:
                 remove_checkpoints(output_dir)
         trainer.accelerator.wait_for_everyone()
+        if run.starts_calibration and checkpoint is None:
+            _record_calibration(trainer, start_calibration(model, _probe(trainer), run.model.coarse))
         summary = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_state()
+        if run.stage == "calibrate":
+            _record_calibration(trainer, {"fine": describe_sites(model, _probe(trainer))})
     if run.stage == "calibrate":
         model.set_timesteps(run.model.calib_T, "stepwise")
     if args.do_train:
@@ -201,6 +212,20 @@ def train_and_evaluate(
         trainer.push_to_hub()
     _end(trainer)
     return rows
+
+
+def _probe(trainer: Any) -> dict[str, Any]:
+    """The first rows of the training data as one batch, the same in every process."""
+    rows = [dict(row) for row in islice(trainer.train_dataset, COARSE_ROWS)]
+    return trainer._prepare_inputs(trainer.data_collator(rows))
+
+
+def _record_calibration(trainer: Any, stages: dict[str, Any]) -> None:
+    """Add what stages of calibration did to the record beside the checkpoint."""
+    record = Path(trainer.args.output_dir) / RECORD_FILE
+    if trainer.args.should_save:
+        before = read_results(record)["stages"] if record.is_file() and "uncalibrated" not in stages else {}
+        save_record(record.parent, trainer.model, {**before, **stages})
 
 
 def _end(trainer: Any) -> None:
