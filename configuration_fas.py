@@ -29,6 +29,7 @@ _DEFAULTS: dict[str, Any] = {
     "calib_length": None,
     "schedule": "stepwise",
     "granularity": "neuron",
+    "folded": False,
 }
 # Keys of every configuration that are no attribute of a fresh one.
 _GENERIC_KEYS = {"attn_implementation", "auto_map", "dtype", "name_or_path", "num_labels", "torch_dtype"}
@@ -47,6 +48,10 @@ def _checked(name: str, value: Any) -> Any:
     if name in _CHOICES:
         if value not in _CHOICES[name]:
             raise ValueError(f"`{name}` must be one of {', '.join(map(repr, _CHOICES[name]))}, got {value!r}.")
+        return value
+    if name == "folded":
+        if not isinstance(value, bool):
+            raise ValueError(f"`folded` must be True or False, got {value!r}.")
         return value
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"`{name}` must be a finite number above 0 (2.0 is a good start), got {value!r}.")
@@ -69,6 +74,8 @@ class FASConfig(PretrainedConfig):
         schedule (`str`, defaults to `"stepwise"`): `"stepwise"` passes every timestep through the whole network,
             `"layerwise"` integrates a constant input for T steps at each site and passes on the time average.
         granularity (`str`, defaults to `"neuron"`): who shares a fine threshold: `"layer"`, `"neuron"`, `"position"`.
+        folded (`bool`, defaults to `False`): whether the thresholds are part of the weights that follow the sites, so
+            that what travels is 0 or 1.
         initial_threshold (`float`): threshold of a site that no checkpoint has one for. Defaults to 2.0 for GPT-2
             and 2.5 for BERT (the published code; 1.24 in its masked-LM step).
 

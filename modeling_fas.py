@@ -271,6 +271,7 @@ class FASNeuron(nn.Module):
         self.width, self.per_position = width, per_position
         self.initial_threshold = config.initial_threshold
         self.L, self.T, self.schedule = config.L, config.T, config.schedule
+        self.folded = config.folded  # the weights that follow hold the threshold: emit spikes, not threshold · spikes
         self.expands_time = False  # the first site of a model: all before it is the same at every timestep
         self.position = 0  # of the first column of the input, for thresholds by position
         self.threshold = nn.Parameter(torch.full((1,), config.initial_threshold))
@@ -321,8 +322,16 @@ class FASNeuron(nn.Module):
 
         Returns:
             `torch.Tensor`: threshold times spikes, `(T·B, …)`, time-major, in stepwise mode; their time average,
-            `(B, …)`, in layerwise mode; the QCFS activation, `(B, …)`, at T = 0.
+            `(B, …)`, in layerwise mode; the QCFS activation, `(B, …)`, at T = 0. All divided by the (fine) threshold
+            where that is folded into the weights that follow.
         """
+        emitted = self._emit(hidden_states)
+        if not self.folded:
+            return emitted
+        threshold = self.threshold if self.fine_threshold is None else self.fine_threshold
+        return (emitted / threshold.clamp(min=MIN_THRESHOLD)).to(emitted.dtype)
+
+    def _emit(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.T == 0:
             return qcfs(hidden_states, self.threshold, self.L)
         threshold, potential = self._spiking_thresholds(hidden_states.shape[-2])
@@ -417,6 +426,8 @@ class _FASMixin(PreTrainedModel):
         """
         if granularity == "position" and length is None:
             raise ValueError("`length` must be the longest sequence length at granularity 'position', got None.")
+        if self.config.folded:
+            raise ValueError("`model` must not be folded: calibrate before its thresholds go into its weights.")
         if granularity == "position" and self.config.chunk_size_feed_forward:
             raise ValueError("`granularity` must not be 'position' where `config.chunk_size_feed_forward` is set.")
         self.config.granularity = granularity
@@ -634,6 +645,7 @@ class FASBertPredictionHeadTransform(BertPredictionHeadTransform):
     def __init__(self, config):
         super().__init__(config)
         self.transform_act_fn = FASNeuron(config, config.hidden_size)
+        self.transform_act_fn.folded = False  # a norm follows, which no threshold folds into
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         output = super().forward(hidden_states)

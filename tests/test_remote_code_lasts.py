@@ -59,6 +59,7 @@ for folder, model in models.items():
 """
 
 
+@pytest.mark.slow
 def test_two_versions_in_one_process_keep_their_own_behaviour(tmp_path, run_outside):
     """The older one takes every threshold for 0.9 at least; it is loaded before and after the other."""
     from training import clean_load

@@ -1,84 +1,277 @@
-"""The calibration forward: T spiking copies of a batch against the ANN, with the parts of the loss by site."""
+"""Calibration: the spiking network at `calib_T` timesteps against its ANN, with the parts of the loss by site.
 
-from collections.abc import Iterator
+The teacher is the same model at T = 0. Its activation at each neuron site is the target of the time average that the
+site emits, and its logits are the target of the spiking logits. Only `fine_threshold` and `initial_potential` train.
+"""
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn import functional as F
-from transformers.modeling_utils import unwrap_model
+
+from modeling_fas import MIN_THRESHOLD
+
+from .results import write_json
+
+
+RECORD_FILE = "calibration.json"
+REDUCTIONS = ("tokens", "published")
 
 
 @dataclass
 class CalibrationLoss:
-    """Loss of one batch: `loss` is the sum of `output` and of the parts in `sites`."""
+    """Loss of one batch and its parts: `loss = site_weight · Σ sites + output_weight · output`.
+
+    Attributes:
+        loss: The scalar to minimise.
+        sites: Alignment error of every site, by name, in the order they run in.
+        output: Error of the logits.
+        logits: Of the spiking network, detached.
+        teacher_logits: Of the ANN.
+    """
 
     loss: torch.Tensor
-    output: torch.Tensor
     sites: dict[str, torch.Tensor]
+    output: torch.Tensor
+    logits: torch.Tensor
+    teacher_logits: torch.Tensor
 
 
 def calibration_loss(
     model: nn.Module,
-    inputs: dict[str, torch.Tensor],
+    inputs: Mapping[str, torch.Tensor],
     *,
+    site_weight: float = 10.0,
+    output_weight: float = 1.0,
+    reduction: str = "tokens",
     num_rows: torch.Tensor | int | None = None,
     num_tokens: torch.Tensor | int | None = None,
 ) -> CalibrationLoss:
     """Compare the spiking network at `config.calib_T` with the ANN, site by site and at the output.
 
+    Leaves the model at `calib_T`, as the backward pass of gradient checkpointing needs it, and no hook or tensor on
+    its modules. Dropout must be off, or the target is noise: [`freeze_for_calibration`] sees to it.
+
     Args:
-        model: Calibrated; may be wrapped for data-parallel training.
-        inputs: Of the model; `labels` are ignored.
-        num_rows: Rows of the accumulated batch, where this is a part of it; its own by default.
+        model: A FAS model with a head and fine parameters; may be wrapped for data-parallel training.
+        inputs: Of the model, `(B, S)`; `labels` are dropped.
+        site_weight: Weight of the sum of the site errors; 10 was better than 1 (docs/calibration.md), 1 is published.
+        output_weight: Weight of the output error; at 0 it is reported and takes no part.
+        reduction: `"tokens"`: means over what is not padding: the squared error of a site, the KL divergence of the
+            ANN's distribution from the spiking one (causal: where a next token follows), the squared error of a
+            regression. `"published"`: as the published code has it: padding counts, and the divergence of a causal
+            model is summed over positions and divided by the batch. (Its BERT weight of the output is 0.)
+        num_rows: Rows of the accumulated batch, where this is a part of it; B by default.
         num_tokens: Its tokens without padding, in the same way.
+
+    Raises:
+        ValueError: for an unknown reduction, a model without fine parameters, a folded one, or reentrant gradient
+            checkpointing, which loses the gradient of the site errors.
+
+    Source: Chen et al. 2025, Sec. 3; differs in that padding takes no part and both terms are means.
     """
-    core: Any = unwrap_model(model)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"`reduction` must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}.")
+    core = extract_model_from_parallel(model)
+    check_calibratable(core)
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    num_rows = ids.shape[0] if num_rows is None else num_rows
-    num_tokens = mask.sum() if num_tokens is None else num_tokens
+    if "use_cache" in inspect.signature(core.forward).parameters:
+        inputs["use_cache"] = False
 
-    with torch.no_grad(), _recorded(core, 0) as teacher:
+    with torch.no_grad(), recorded(core, 0) as targets:
         teacher_logits = model(**inputs)["logits"]
-    with _recorded(core, core.config.calib_T) as student:
+    with recorded(core, core.config.calib_T) as averages:
         logits = model(**inputs)["logits"]
+    if torch.is_grad_enabled() and any(
+        neuron.fine_threshold.requires_grad and not averages[name].requires_grad for name, neuron in core.neurons()
+    ):
+        raise ValueError(
+            "`model` must not use reentrant gradient checkpointing, which loses the gradient of the site errors. "
+            'Enable it with gradient_checkpointing_kwargs={"use_reentrant": False}.'
+        )
 
-    sites = {}
-    for name, target in teacher.items():
-        error = (student[name].unflatten(0, (-1, ids.shape[0])).mean(0) - target).float().square().mean(-1)
-        sites[name] = (error * mask).sum() / num_tokens if error.dim() == 2 else error.sum() / num_rows
-    if logits.dim() == 3:
-        divergence = _divergence(teacher_logits[:, :-1], logits[:, :-1]) * mask[:, 1:]
-        output = divergence.sum() / num_tokens
-    elif logits.shape[-1] == 1:
-        output = F.mse_loss(logits, teacher_logits, reduction="sum") / num_rows
-    else:
-        output = _divergence(teacher_logits, logits).sum() / num_rows
-    return CalibrationLoss(loss=torch.stack([output, *sites.values()]).sum(), output=output, sites=sites)
+    mask = real_tokens(inputs, logits) if reduction == "tokens" else None
+    if mask is not None:
+        num_rows = len(logits) if num_rows is None else num_rows
+        num_tokens = mask.sum() if num_tokens is None else num_tokens
+    sites = {name: _site_error(averages[name], targets[name], mask, num_rows, num_tokens) for name in targets}
+    causal = core.config.backbone == "gpt2"
+    output = _output_error(logits, teacher_logits, causal, mask, num_rows, num_tokens)
+    loss = site_weight * torch.stack(list(sites.values())).sum()
+    if output_weight:
+        loss = loss + output_weight * output
+    parts = {name: error.detach() for name, error in sites.items()}
+    return CalibrationLoss(loss, parts, output.detach(), logits.detach(), teacher_logits)
 
 
-def _divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """KL(teacher ‖ student) of the distributions the logits stand for, over the last dimension."""
-    teacher, student = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
-    return (teacher.exp() * (teacher - student)).sum(-1)
+def freeze_for_calibration(model: nn.Module) -> list[nn.Parameter]:
+    """Make fine thresholds and initial potentials the only trainable parameters, and turn dropout off, for good.
+
+    Everything before the first site then runs without a graph by itself, and no weight keeps an activation for its
+    gradient.
+
+    Returns:
+        The trainable parameters.
+    """
+    core = extract_model_from_parallel(model)
+    check_calibratable(core)
+    trainable = []
+    for name, parameter in core.named_parameters():
+        parameter.requires_grad_(name.endswith(("fine_threshold", "initial_potential")))
+        if parameter.requires_grad:
+            trainable.append(parameter)
+    for module in core.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return trainable
+
+
+@torch.no_grad()
+def describe_sites(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    """Say of every site how its thresholds stand to the scalar one, where it starts, and its error on a batch.
+
+    Returns:
+        By site: `scale` and `initial_potential`, means over its neurons, with `scale_min` and `scale_max`; `error`,
+        the mean squared distance of its time average from the ANN's activation.
+    """
+    errors = calibration_loss(model, inputs).sites
+    described = {}
+    for name, neuron in extract_model_from_parallel(model).neurons():
+        scale = neuron.fine_threshold / neuron.threshold
+        described[name] = {
+            "scale": scale.mean().item(),
+            "scale_min": scale.min().item(),
+            "scale_max": scale.max().item(),
+            "initial_potential": neuron.initial_potential.mean().item(),
+            "error": errors[name].item(),
+        }
+    return described
+
+
+def save_record(folder: str | os.PathLike, model: Any, stages: Mapping[str, Any], **more: Any) -> None:
+    """Write `calibration.json` beside a checkpoint: its settings, and [`describe_sites`] after every stage.
+
+    Args:
+        folder: Of the checkpoint.
+        model: That was calibrated.
+        stages: What [`describe_sites`] said, by name, such as `uncalibrated`, `coarse` and `fine`.
+        **more: Further fields, such as the settings of the training.
+    """
+    config = extract_model_from_parallel(model).config
+    settings = {"T": config.calib_T, "L": config.L, "schedule": config.schedule, "granularity": config.granularity}
+    write_json(Path(folder) / RECORD_FILE, {**settings, **more, "stages": stages})
+
+
+def check_calibratable(model: Any) -> None:
+    """Raise for a model that has no fine parameters, or whose thresholds went into its weights."""
+    if model.config.calib_T is None:
+        raise ValueError("`model` must have fine thresholds to calibrate. Call model.begin_calibration(T) first.")
+    if model.config.folded:
+        raise ValueError("`model` must not be folded: calibrate before its thresholds go into its weights.")
 
 
 @contextmanager
-def _recorded(model: Any, T: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Run the model at T timesteps and record what every site emits."""
+def recorded(model: Any, T: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Run the model at T timesteps and record the time average of what every site emits, `(B, …)`, by name."""
     record: dict[str, torch.Tensor] = {}
-    handles = [
-        neuron.register_forward_hook(lambda _module, _inputs, output, name=name: record.__setitem__(name, output))
-        for name, neuron in model.neurons()
-    ]
-    model.set_timesteps(T, "stepwise")
+
+    def hook(name):
+        def keep(neuron, _inputs, output):
+            # Saves no tensor for its gradient: recomputing a checkpointed block without the hook sees the same graph.
+            record[name] = output.unflatten(0, (neuron.T, -1)).mean(0) if neuron.stepwise else output
+
+        return keep
+
+    model.set_timesteps(T)
+    handles = [neuron.register_forward_hook(hook(name)) for name, neuron in model.neurons()]
     try:
         yield record
     finally:
         for handle in handles:
             handle.remove()
+
+
+def real_tokens(inputs: Mapping[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+    """`(B, S)`: True where there is no padding."""
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        return mask.bool()
+    ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    return torch.ones(ids.shape[:2], dtype=torch.bool, device=logits.device)
+
+
+def _site_error(average, target, mask, num_rows, num_tokens) -> torch.Tensor:
+    """Mean squared error of a site: over its elements, or over those of real tokens where there is a mask."""
+    error = (average.float() - target.float()).square()
+    if mask is None:
+        return error.mean()
+    if error.dim() == 2:
+        return error.mean(-1).sum() / num_rows
+    return error.mean(-1).masked_fill(~mask, 0).sum() / num_tokens
+
+
+def _output_error(logits, teacher, causal, mask, num_rows, num_tokens) -> torch.Tensor:
+    """KL(ANN ‖ spiking), by position where logits have positions; the squared error of a regression."""
+    logits, teacher = logits.float(), teacher.float()
+    if logits.dim() == 2 and logits.shape[-1] == 1:
+        return F.mse_loss(logits, teacher, reduction="sum") / (len(logits) if mask is None else num_rows)
+    if causal:
+        logits, teacher = logits[:, :-1], teacher[:, :-1]
+    target = teacher.log_softmax(-1)
+    divergence = (target.exp() * (target - logits.log_softmax(-1))).sum(-1)
+    if mask is None:
+        return divergence.sum() / len(logits)
+    if divergence.dim() == 1:
+        return divergence.sum() / num_rows
+    if causal:
+        mask, num_tokens = mask[:, :-1] & mask[:, 1:], num_tokens - num_rows
+    return divergence.masked_fill(~mask, 0).sum() / num_tokens
+
+
+@torch.no_grad()
+def fold_thresholds(model: Any) -> None:
+    """Multiply every (fine) threshold into the weight that follows its site, in place: what travels is then 0 or 1.
+
+    `W · (θ s) = (W θ) s`, so the outputs stay what they were, up to rounding, in every mode. The transform of the
+    masked language modelling head keeps its threshold, since a norm follows it.
+
+    Raises:
+        ValueError: at granularity `"position"`, where a weight would have to know the position; for a model that is
+            folded already; or for a bare BERT with a pooler, whose head is elsewhere.
+    """
+    if model.config.folded:
+        raise ValueError("`model` must not be folded already.")
+    if model.config.calib_T is not None and model.config.granularity == "position":
+        raise ValueError(
+            "`granularity` must be 'neuron' or 'layer' to fold, got 'position': a weight serves all positions. "
+            "Calibrate with granularity 'neuron'."
+        )
+    if model.config.backbone == "bert" and not hasattr(model, "cls") and not hasattr(model, "classifier"):
+        raise ValueError(f"`model` must have its head, which the pooler folds into, got {type(model).__name__}.")
+    for name, neuron in model.neurons():
+        weight, inputs_first = _following(model, name)
+        if weight is None:
+            continue
+        threshold = neuron.threshold if neuron.fine_threshold is None else neuron.fine_threshold
+        threshold = threshold.clamp(MIN_THRESHOLD)
+        weight.mul_(threshold[:, None] if inputs_first and len(threshold) > 1 else threshold)
+        neuron.folded = True
+    model.config.folded = True
+
+
+def _following(model: Any, name: str) -> tuple[nn.Parameter | None, bool]:
+    """Weight that follows a site, and whether its inputs come first; none where a norm follows."""
+    if name.endswith("mlp.act"):
+        return model.get_submodule(name.removesuffix("act") + "c_proj").weight, True
+    if name.endswith("intermediate_act_fn"):
+        layer = name.removesuffix(".intermediate.intermediate_act_fn")
+        return model.get_submodule(f"{layer}.output.dense").weight, False
+    return (model.classifier.weight if name.endswith("pooler.activation") else None), False

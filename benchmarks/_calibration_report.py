@@ -1,0 +1,146 @@
+"""Write the tables of docs/calibration.md and docs/choosing-L-and-T.md, and the plot, from the results files.
+
+python benchmarks/_calibration_report.py
+"""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+from training.results import markdown_table, read_results
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LABELS = {
+    "gelu": "GELU",
+    "qcfs": "QCFS, L = 8",
+    "uncalibrated": "stepwise, uncalibrated",
+    "published": "stepwise, published recipe",
+    "coarse": "stepwise, coarse by site",
+    "neuron": "stepwise, coarse by neuron",
+    "fine": "stepwise, coarse + fine",
+}
+METRICS = {
+    "accuracy": "SST-2, accuracy %",
+    "matthews": "CoLA, Matthews × 100",
+    "pearson_spearman": "STS-B, mean of Pearson and Spearman × 100",
+    "prose_perplexity": "prose, perplexity",
+    "wikitext_perplexity": "WikiText-103 (tokens version), perplexity",
+    "divergence_from_qcfs": "divergence of the output from QCFS",
+}
+
+
+def spread(values):
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "") if values else "–"
+
+
+def quality_tables():
+    """One table by task and metric: variants by timesteps, mean and standard deviation over seeds; the gap closed."""
+    found = defaultdict(lambda: defaultdict(list))
+    for path in sorted((RESULTS / "calibration").glob("*_s*.json")):
+        record = read_results(path)
+        seeds = {(row["variant"], row["T"]): row for row in record["metrics"]}
+        for row in record["metrics"]:
+            for metric in METRICS.keys() & row.keys():
+                cell = found[record["configuration"]["task"], metric]
+                cell[row["variant"], row["T"]].append(row[metric])
+                ends = [seeds.get(key, {}).get(metric) for key in (("uncalibrated", row["T"]), ("qcfs", None))]
+                if row["T"] and None not in ends and ends[0] != ends[1] and metric != "divergence_from_qcfs":
+                    cell["ends", row["variant"], row["T"]].append((row[metric] - ends[0], ends[1] - ends[0]))
+    text = []
+    for task, metric in sorted(found, key=lambda key: (key[0], list(METRICS).index(key[1]))):
+        cell = found[task, metric]
+        rows = []
+        for variant, label in LABELS.items():
+            if not any(cell[variant, T] for T in (None, 1, 2, 4, 8)):
+                continue
+            row = {"": label}
+            if variant in ("gelu", "qcfs"):
+                row |= {"ANN": spread(cell[variant, None])}
+            else:
+                for T in (1, 2, 4, 8):
+                    row[f"T = {T}"] = spread(cell[variant, T])
+                    ends = cell["ends", variant, T]
+                    gap = sum(end[1] for end in ends)
+                    if variant != "uncalibrated" and (gap < 0 if metric.endswith("perplexity") else gap > 0):
+                        row[f"T = {T}"] += f" ({100 * sum(end[0] for end in ends) / gap:.0f} %)"
+            rows.append(row)
+        seeds = len(cell["uncalibrated", 4])
+        columns = ["", "ANN", *(f"T = {T}" for T in (1, 2, 4, 8) if cell["uncalibrated", T])]
+        title = f"**{METRICS[metric]}** ({task}, {seeds} seed{'s' * (seeds != 1)})"
+        text.append(f"{title}\n\n{markdown_table(rows, columns)}")
+    return "\n\n".join(text)
+
+
+def cost_table():
+    rows = []
+    for path in sorted(RESULTS.glob("calibration_cost_*.json")):
+        record = read_results(path)
+        metrics, settings = record["metrics"], record["configuration"]
+        rows.append(
+            {
+                "model": settings["size"],
+                "batch × length, T": f"{settings['batch_size']} × {settings['length']}, {settings['T']}",
+                "CPU s, published": metrics["cpu_seconds"]["published"],
+                "ours": metrics["cpu_seconds"]["ours"],
+                "ratio": metrics["cpu_seconds_ratio"],
+                "peak MB, published": metrics["peak_memory_mb"]["published"],
+                "ours ": metrics["peak_memory_mb"]["ours"],
+                "ratio ": metrics["peak_memory_mb_ratio"],
+                "extra parameters, %": 100 * metrics["extra_parameters_share"],
+            }
+        )
+    return markdown_table(rows, digits=2)
+
+
+def l_and_t():
+    """Table of perplexities by L and T, and the plot beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    record = read_results(RESULTS / "choosing_L_and_T.json")
+    steps = record["configuration"]["T"]
+    found = {(row["L"], row["mode"], row["T"]): row["prose_perplexity"] for row in record["metrics"]}
+    rows = []
+    modes = ("stepwise", "stepwise, calibrated", "layerwise")
+    figure, axes = pyplot.subplots(1, 3, sharey=True, figsize=(9, 3), layout="constrained")
+    for mode, axis in zip(modes, axes, strict=True):
+        for i, L in enumerate(record["configuration"]["L"]):
+            scores = [found.get((L, mode, T)) for T in steps]
+            ann = found.get((L, "QCFS", 0))
+            rows.append(
+                {"schedule": mode, "L": L, "QCFS": ann} | {f"T = {T}": s for T, s in zip(steps, scores, strict=True)}
+            )
+            points = [(T, score) for T, score in zip(steps, scores, strict=True) if score is not None]
+            axis.plot(*zip(*points, strict=True), "o-", label=f"L = {L}", color=f"C{i}") if points else None
+            axis.axhline(ann, color=f"C{i}", linestyle=":", linewidth=1) if ann else None
+        axis.set(title=mode, xlabel="T", xscale="log", yscale="log", xticks=steps, xticklabels=steps)
+        axis.minorticks_off()
+    axes[0].set_ylabel("perplexity on prose (dotted: QCFS)")
+    axes[0].legend()
+    figure.savefig(ROOT / "docs" / "L-and-T.svg", metadata={"Date": None})
+    return "![Perplexity by T, for each L](L-and-T.svg)\n\n" + markdown_table(rows, digits=1)
+
+
+def write(document, tables):
+    """Replace what stands between `<!-- name -->` and `<!-- end name -->`."""
+    path = ROOT / "docs" / document
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+        text = re.sub(pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
+    path.write_text(text, encoding="utf-8")
+
+
+def main():
+    write("calibration.md", {"quality": quality_tables(), "cost": cost_table()})
+    if (RESULTS / "choosing_L_and_T.json").exists():
+        write("choosing-L-and-T.md", {"l-and-t": l_and_t()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""How much of the gap calibration closes: GELU, QCFS, and stepwise runs before and after calibration.
+
+    python benchmarks/calibration_quality.py --tasks sst2 cola stsb prose --seeds 0 1 2
+
+Every (task, seed) has a results file of its own, rewritten after each row; rows that are there are not run again.
+"""
+
+import argparse
+import copy
+import functools
+import os
+import time
+
+import torch
+from _calibration_tasks import ROOT, TASKS
+from transformers.utils import logging
+
+from training.calibration import calibration_loss, freeze_for_calibration
+from training.coarse import PUBLISHED_PAIR, coarse_search, set_pair
+from training.results import read_results, write_results
+
+
+RESULTS = ROOT / "benchmarks" / "results" / "calibration"
+SETTINGS = {
+    "rows": {"glue": 64, "prose": 8},  # of the batch that the searches see
+    "fine": {"lr": 0.02, "site_weight": 10.0, "output_weight": 1.0},
+    # The published recipe: position granularity at one padded length, fixed pair, its losses, rates and decay.
+    "published": {"lr_gpt2": 0.003, "lr_bert": 0.07},
+    "steps": 30,
+    "batch_size": {"glue": 16, "prose": 4},
+}
+
+
+def train(model, batches, lr, **loss):
+    """Gradient calibration: Adam, linear decay to zero."""
+    trainable = freeze_for_calibration(model)
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
+    for batch in batches:
+        calibration_loss(model, batch, **loss).loss.backward()
+        optimizer.step()
+        decay.step()
+        optimizer.zero_grad()
+        model.clamp_thresholds_()
+
+
+def calibrate(model, task, variant, T, seed):
+    """Calibrate in place; returns what is needed to evaluate and to report."""
+    kind = "prose" if task.name == "prose" else "glue"
+    length = task.max_length if variant == "published" else None
+    batches = task.calibration_batches(SETTINGS["steps"], SETTINGS["batch_size"][kind], seed, length)
+    if variant == "published":
+        model.begin_calibration(T, "position", length)
+        for _, neuron in model.neurons():
+            set_pair(neuron, *PUBLISHED_PAIR)
+        rate = SETTINGS["published"]["lr_gpt2" if kind == "prose" else "lr_bert"]
+        train(model, batches, rate, reduction="published", site_weight=1.0, output_weight=float(kind == "prose"))
+        return {"length": length}
+    model.begin_calibration(T)
+    batch = task.calibration_batches(1, SETTINGS["rows"][kind], seed)[0]
+    sites = coarse_search(model, batch, per_neuron=variant != "coarse", progress=False)
+    if variant == "fine":
+        train(model, batches, **SETTINGS["fine"])
+    return {"sites": sites}
+
+
+@functools.cache
+def teacher_logits(_cell, task, seed):
+    return task.evaluate(task.qcfs(seed))[1]
+
+
+def divergence(logits, teacher):
+    """Mean KL of the ANN's distribution from the spiking one; mean squared difference of a regression."""
+    if logits.shape[-1] == 1:
+        return float((logits - teacher).square().mean())
+    target = teacher.log_softmax(-1)
+    return float((target.exp() * (target - logits.log_softmax(-1))).sum(-1).mean())
+
+
+def run_cell(name, seed, variants, timesteps):
+    """Run the rows of one task and seed that its results file lacks."""
+    task, path = TASKS[name](), RESULTS / f"{name}_s{seed}.json"
+    rows = read_results(path)["metrics"] if path.exists() else []
+    wanted = [("gelu", None), ("qcfs", None), *((v, T) for T in timesteps for v in variants)]
+    for variant, T in wanted:
+        if any(row["variant"] == variant and row["T"] == T for row in rows):
+            continue
+        start, more = time.perf_counter(), {}
+        if variant == "gelu":
+            model = task.gelu()
+        else:
+            model = copy.deepcopy(task.qcfs(seed))
+            if T:
+                more = {} if variant == "uncalibrated" else calibrate(model, task, variant, T, seed)
+                model.set_timesteps(T)
+        calibrated = time.perf_counter()
+        scores, logits = task.evaluate(model, more.get("length"))
+        seconds = {"calibration_s": calibrated - start, "evaluation_s": time.perf_counter() - calibrated}
+        if logits is not None and variant != "gelu":
+            teacher = logits if variant == "qcfs" else teacher_logits(path.stem, task, seed)
+            scores["divergence_from_qcfs"] = divergence(logits, teacher)
+        rows.append({"variant": variant, "T": T, **scores, **seconds, **more})
+        write_results(
+            path,
+            metrics=rows,
+            configuration={"task": name, "seed": seed, "settings": SETTINGS, **task.describe()},
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--T", nargs="+", type=int, default=[4, 8, 2, 1])
+    parser.add_argument("--variants", nargs="+", default=["uncalibrated", "coarse", "neuron", "fine", "published"])
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    for seed in options.seeds:
+        for name in options.tasks:
+            run_cell(name, seed, options.variants, options.T)
+
+
+if __name__ == "__main__":
+    main()

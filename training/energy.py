@@ -1,0 +1,243 @@
+"""What one token costs: every product of a model as effective MACs and ACs, and the energy they stand for.
+
+The vocabulary is NeuroBench's. *Dense* operations are all multiply-accumulates (MACs) the code executes; *effective*
+ones are those that remain where the input is spikes or zeros can be skipped. A product counts as accumulates (ACs)
+only where its input is binary spikes, that is after a neuron site: `effective_acs = spike rate · T · MACs`, in both
+schedules. All other products are MACs, once per time they run.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from transformers import BertModel, GPT2Model
+
+
+MAC_PJ = 4.6  # picojoules per 32-bit float multiply-accumulate at 45 nm (Horowitz 2014)
+AC_PJ = 0.9  # and per accumulate
+
+# "ann": T = 0, on hardware that multiplies everything. "replicated": stepwise as the paper describes it, every layer
+# and the head T times, what is the same at all timesteps included.
+EXECUTIONS = ("ann", "stepwise", "layerwise", "replicated")
+
+NOT_COUNTED = (
+    "memory traffic (weights, activations, membrane potentials, key-value cache)",
+    "static power, control and spike routing",
+    "embedding look-ups, biases, residual additions, LayerNorm, softmax, GELU, tanh, and the clip and floor of QCFS",
+    "comparing a membrane potential with its threshold, and averaging over time",
+    "multiplying spikes by their threshold, which folds into the weights that follow",
+)
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations of one product, or one neuron site, of the model, per token.
+
+    Attributes:
+        part: What it is: "qkv", "scores" (QKᵀ), "values" (AV), "attention output", "mlp in", "mlp out", "pooler",
+            "transform" or "head"; or "neurons".
+        layer: Index of the block, or `None` outside of the blocks.
+        dense: MACs the code executes.
+        effective_macs: MACs that remain.
+        effective_acs: ACs, one for each spike and weight it meets.
+        membrane_updates: Additions to membrane potentials: one a neuron and timestep, one a spike for the reset.
+    """
+
+    part: str
+    layer: int | None
+    dense: float
+    effective_macs: float
+    effective_acs: float = 0.0
+    membrane_updates: float = 0.0
+
+    def energy_pj(self, mac_pj: float = MAC_PJ, ac_pj: float = AC_PJ) -> float:
+        """Energy in picojoules per token; a membrane update costs an accumulate."""
+        return mac_pj * self.effective_macs + ac_pj * (self.effective_acs + self.membrane_updates)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A product, `macs` per token and run, or a neuron site, `neurons` per token."""
+
+    name: str
+    layer: int | None
+    macs: float = 0.0
+    neurons: float = 0.0
+    site: str | None = None  # the site whose spikes the product takes, or the site itself
+    once: bool = False  # runs once in stepwise mode too: before the first site, or on the time average
+
+
+def count_operations(
+    model: nn.Module,
+    length: float,
+    *,
+    execution: str = "ann",
+    T: int = 0,
+    spike_rates: float | Mapping[str, float] | None = None,
+    densities: float | Mapping[str, float] | None = None,
+    past: float = 0,
+    causal: bool = False,
+) -> list[Operations]:
+    """Count the operations of a FAS model per token, from its weights; nothing runs, and it may be on `meta`.
+
+    Args:
+        model: FAS model with or without a head.
+        length: Tokens of the sequence.
+        execution: One of `EXECUTIONS`.
+        T: Timesteps, at least 1; has no meaning for "ann".
+        spike_rates: Of all sites, or by site as [`SpikeMonitor`] gives them. Required but for "ann".
+        densities: For "ann": shares of the activations that are not 0, for an ANN that skips zeros; by default 1.
+        past: Tokens in the key-value cache before the sequence.
+        causal: Count only the attention a causal mask leaves, rather than the full square that runs.
+
+    Returns:
+        One `Operations` for each product and, but for "ann", each neuron site.
+
+    Raises:
+        ValueError: for an unknown execution, `T` below 1, a length below 1, or a spike rate missing or outside [0, 1].
+    """
+    if execution not in EXECUTIONS:
+        raise ValueError(f"`execution` must be one of {', '.join(EXECUTIONS)}, got {execution!r}.")
+    if execution != "ann" and T < 1:
+        raise ValueError(f"`T` must be at least 1 for execution {execution!r}, got {T}. Use 'ann' for T = 0.")
+    if length < 1 or past < 0:
+        raise ValueError(f"`length` must be at least 1 and `past` at least 0, got {length} and {past}.")
+    keys = past + ((length + 1) / 2 if causal else length)
+    spiking = execution != "ann"
+    counted = []
+    for part in _parts(model, length, keys):
+        repeated = execution == "replicated" or (execution == "stepwise" and not part.once)
+        dense = part.macs * (T if repeated else 1)
+        macs, acs, updates = dense, 0.0, 0.0
+        if spiking and part.site is not None:
+            spikes = T * _share("spike_rates", spike_rates, part.site)
+            macs, acs, updates = 0.0, spikes * part.macs, part.neurons * (T + spikes)
+        elif part.site is not None and densities is not None:
+            macs = dense * _share("densities", densities, part.site)
+        if spiking or not part.neurons:
+            counted.append(Operations(part.name, part.layer, dense, macs, acs, updates))
+    return counted
+
+
+def total(operations: Iterable[Operations], mac_pj: float = MAC_PJ, ac_pj: float = AC_PJ) -> dict[str, float]:
+    """Sum of operations, and their energy."""
+    operations = list(operations)
+    names = ("dense", "effective_macs", "effective_acs", "membrane_updates")
+    sums = {name: float(sum(getattr(each, name) for each in operations)) for name in names}
+    return sums | {"energy_pj": float(sum(each.energy_pj(mac_pj, ac_pj) for each in operations))}
+
+
+def energy_report(
+    model: nn.Module,
+    length: float,
+    *,
+    execution: str,
+    T: int = 0,
+    spike_rates: float | Mapping[str, float] | None = None,
+    densities: float | Mapping[str, float] | None = None,
+    past: float = 0,
+    causal: bool = False,
+    mac_pj: float = MAC_PJ,
+    ac_pj: float = AC_PJ,
+) -> dict[str, Any]:
+    """Energy per token, in total and by product, beside the same ANN at the same length.
+
+    Args:
+        mac_pj: Picojoules per MAC.
+        ac_pj: Picojoules per AC and per membrane update.
+        densities: Of the QCFS ANN; adds its energy on hardware that skips zeros. The other arguments are those of
+            [`count_operations`].
+
+    Returns:
+        The sums, `ratio` to the ANN (above 1: the spiking network costs more), with densities
+        `ratio_to_zero_skipping_ann`, and `operations`, one mapping for each product.
+    """
+    if mac_pj < 0 or ac_pj < 0:
+        raise ValueError(f"`mac_pj` and `ac_pj` must not be negative, got {mac_pj} and {ac_pj}.")
+    length_settings: dict[str, Any] = {"past": past, "causal": causal}
+
+    def energy(execution: str, **shares: Any) -> tuple[list[Operations], dict[str, float]]:
+        operations = count_operations(model, length, execution=execution, T=T, **shares, **length_settings)
+        return operations, total(operations, mac_pj, ac_pj)
+
+    shares = {} if execution == "ann" else {"spike_rates": spike_rates}
+    operations, sums = energy(execution, **shares)
+    ann = energy("ann")[1]["energy_pj"]
+    report: dict[str, Any] = {"execution": execution, "T": T, "length": length, **length_settings, **sums}
+    report |= {"mac_pj": mac_pj, "ac_pj": ac_pj, "ann_energy_pj": ann, "ratio": sums["energy_pj"] / ann}
+    if densities is not None:
+        skipping = energy("ann", densities=densities)[1]["energy_pj"]
+        report |= {"zero_skipping_ann_energy_pj": skipping}
+        report |= {"ratio_to_zero_skipping_ann": sums["energy_pj"] / skipping}
+    details = [asdict(each) | {"energy_pj": each.energy_pj(mac_pj, ac_pj)} for each in operations]
+    return report | {"operations": details}
+
+
+def _parts(model: Any, length: float, keys: float) -> Iterator[_Part]:
+    """Every product and neuron site of a model, for sequences of `length` tokens that attend to `keys` on average."""
+    if not hasattr(model, "neurons"):
+        raise ValueError(f"`model` must be a FAS model, got {type(model).__name__}.")
+    names = {id(module): name for name, module in model.neurons()}
+    pooler = None
+    for module in model.modules():
+        if isinstance(module, GPT2Model):
+            yield from _gpt2_parts(module, keys, names)
+        elif isinstance(module, BertModel):
+            yield from _bert_parts(module, keys, names)
+            pooler = module.pooler
+    if pooler is not None:  # runs on the first token of a sequence alone
+        yield _Part("pooler", None, pooler.dense.weight.numel() / length)
+        yield _site(None, pooler.activation, names, length)
+    if hasattr(model, "lm_head"):
+        yield _Part("head", None, model.lm_head.weight.numel(), once=True)
+    elif hasattr(model, "cls"):  # a LayerNorm stands between the spikes of the transform and the decoder
+        transform = model.cls.predictions.transform
+        yield _Part("transform", None, transform.dense.weight.numel())
+        yield _site(None, transform.transform_act_fn, names)
+        yield _Part("head", None, model.cls.predictions.decoder.weight.numel(), once=True)
+    elif pooler is not None and hasattr(model, "classifier"):
+        site = names[id(pooler.activation)]
+        yield _Part("head", None, model.classifier.weight.numel() / length, site=site, once=True)
+
+
+def _gpt2_parts(trunk: Any, keys: float, names: dict[int, str]) -> Iterator[_Part]:
+    for i, block in enumerate(trunk.h):
+        once = i == 0
+        attention, mlp = block.attn, block.mlp
+        yield _Part("qkv", i, attention.c_attn.weight.numel(), once=once)
+        yield _Part("scores", i, keys * attention.embed_dim, once=once)
+        yield _Part("values", i, keys * attention.embed_dim, once=once)
+        yield _Part("attention output", i, attention.c_proj.weight.numel(), once=once)
+        yield _Part("mlp in", i, mlp.c_fc.weight.numel(), once=once)
+        yield _site(i, mlp.act, names)
+        yield _Part("mlp out", i, mlp.c_proj.weight.numel(), site=names[id(mlp.act)])
+
+
+def _bert_parts(trunk: Any, keys: float, names: dict[int, str]) -> Iterator[_Part]:
+    for i, layer in enumerate(trunk.encoder.layer):
+        once = i == 0
+        attention, neuron = layer.attention.self, layer.intermediate.intermediate_act_fn
+        qkv = sum(each.weight.numel() for each in (attention.query, attention.key, attention.value))
+        yield _Part("qkv", i, qkv, once=once)
+        yield _Part("scores", i, keys * attention.all_head_size, once=once)
+        yield _Part("values", i, keys * attention.all_head_size, once=once)
+        yield _Part("attention output", i, layer.attention.output.dense.weight.numel(), once=once)
+        yield _Part("mlp in", i, layer.intermediate.dense.weight.numel(), once=once)
+        yield _site(i, neuron, names)
+        yield _Part("mlp out", i, layer.output.dense.weight.numel(), site=names[id(neuron)])
+
+
+def _site(layer: int | None, neuron: Any, names: dict[int, str], length: float = 1) -> _Part:
+    return _Part("neurons", layer, neurons=neuron.width / length, site=names[id(neuron)])
+
+
+def _share(argument: str, shares: float | Mapping[str, float] | None, site: str) -> float:
+    """The share of one site, checked."""
+    share = shares.get(site) if isinstance(shares, Mapping) else shares
+    if share is None or not 0 <= share <= 1:
+        raise ValueError(
+            f"`{argument}` must hold a number from 0 to 1 for the site {site!r}, got {share!r}. "
+            "Measure it with `training.monitors.SpikeMonitor`."
+        )
+    return float(share)

@@ -1,0 +1,378 @@
+"""Quality, agreement with the ANN, spikes, energy and latency of one model over timesteps and schedules."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from configuration_fas import SCHEDULES
+
+from .energy import AC_PJ, MAC_PJ, energy_report
+from .metrics import METRICS
+from .monitors import SiteErrors, SpikeMonitor
+
+
+PERPLEXITY = "perplexity"
+LATENCY_ROUNDS = 3
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to run: the stock model, the QCFS ANN, or the spiking network with T timesteps of a schedule."""
+
+    model: str
+    T: int = 0
+    schedule: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.schedule} T = {self.T}" if self.T else {"stock": "stock model", "qcfs": "QCFS ANN"}[self.model]
+
+
+def evaluate(
+    model: Any,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    metric: str,
+    timesteps: Sequence[int],
+    schedules: Sequence[str] = SCHEDULES,
+    stock: Any = None,
+    batch_size: int = 8,
+    pad_token_id: int = 0,
+    mac_pj: float = MAC_PJ,
+    ac_pj: float = AC_PJ,
+    finished: Mapping[str, Any] | None = None,
+    on_result: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure a FAS model over timesteps and schedules, beside its QCFS ANN and, where given, the stock model.
+
+    Args:
+        model: Causal language model, or classifier or regressor. Left as it was.
+        examples: Tokenized: `input_ids` and `labels`, where tokens with label -100 are context; `token_type_ids`.
+        metric: `"perplexity"`, or a name in `training.metrics.METRICS`.
+        timesteps: All at least 1.
+        schedules: Of them.
+        stock: The model before conversion.
+        batch_size: Examples in a batch; those of similar length are together.
+        pad_token_id: Fills batches up, masked.
+        mac_pj: Picojoules per MAC.
+        ac_pj: Picojoules per AC.
+        finished: What an earlier, interrupted call returned or passed to `on_result`; is not measured again.
+        on_result: Called with all results so far whenever one is finished.
+        progress: Show bars, on a terminal.
+
+    Returns:
+        `rows`, `early_exit` and `latency`, as `docs/results-schema.md` says.
+
+    Raises:
+        ValueError: for anything missing or out of range, before anything runs.
+    """
+    _check(model, examples, metric, timesteps, schedules, batch_size)
+    results: dict[str, Any] = {"rows": []} | copy.deepcopy(dict(finished or {}))
+    batches = make_batches(examples, batch_size, pad_token_id, model.device)
+    tokens = sum(len(example["input_ids"]) for example in examples)
+    energy = {"length": tokens / len(examples), "mac_pj": mac_pj, "ac_pj": ac_pj}
+    modes = [Mode("stock")] if stock is not None else []
+    modes += [Mode("qcfs"), *(Mode("fas", T, schedule) for schedule in schedules for T in timesteps)]
+
+    def save() -> None:
+        if on_result is not None:
+            on_result(results)
+
+    with _restored(model):
+        for mode in modes:
+            if _find(results["rows"], mode) is None:
+                row = _measure(model, batches, mode, metric, stock, progress)
+                qcfs = row if mode.model == "qcfs" else _find(results["rows"], Mode("qcfs"))
+                if mode.model != "stock":
+                    row["energy"] = _energy(model, row, qcfs, **energy)
+                results["rows"].append(row)
+                save()
+        if "stepwise" in schedules and "early_exit" not in results:
+            T = max(timesteps)
+            curve = early_exit_curve(model, batches, T, metric=metric, progress=progress)
+            results["early_exit"] = {"schedule": "stepwise", "T": T, "curve": curve}
+            save()
+        if "latency" not in results:
+            results["latency"] = measure_latency(model, batches, modes, stock, progress)
+            save()
+    return results
+
+
+def early_exit_curve(
+    model: Any, batches: Sequence[Batch], T: int, *, metric: str, progress: bool = True
+) -> list[dict[str, Any]]:
+    """Quality at every t ≤ T of one stepwise run, read off the time average of its first t steps.
+
+    Steps do not look ahead, so that t of a longer run equals a run of t steps. Layerwise there is nothing to exit
+    from: a layer starts when the one before it has done all its steps.
+
+    Args:
+        model: FAS model with a language modelling or classification head.
+        batches: From [`make_batches`].
+        T: Timesteps of the run.
+        metric: As in [`evaluate`].
+
+    Returns:
+        One mapping for each t: `t` and the quality.
+    """
+    last, head = (
+        (model.transformer.ln_f, model.lm_head) if metric == PERPLEXITY else (model.bert.pooler, model.classifier)
+    )
+    qualities = [_quality(metric) for _ in range(T)]
+    states: list[torch.Tensor] = []
+    handle = last.register_forward_hook(lambda module, inputs, output: states.append(output))
+    try:
+        with _restored(model), torch.inference_mode():
+            model.set_timesteps(T, "stepwise")
+            for batch in _bar(batches, f"early exit, T = {T}", progress):
+                model.base_model(**_inputs(batch))
+                steps = states.pop().unflatten(0, (T, -1))
+                average = torch.zeros_like(steps[0])
+                for t, quality in enumerate(qualities):
+                    average += (steps[t] - average) / (t + 1)
+                    quality.add(head(average), batch)
+    finally:
+        handle.remove()
+    return [{"t": t, **quality.result()} for t, quality in enumerate(qualities, start=1)]
+
+
+def measure_latency(
+    model: Any, batches: Sequence[Batch], modes: Sequence[Mode], stock: Any = None, progress: bool = True
+) -> list[dict[str, Any]]:
+    """Time of one forward pass, without monitors, interleaved over the modes: median, spread and ratio to the ANN."""
+    batch = batches[len(batches) // 2]
+    inputs = _inputs(batch)
+    tokens = int(batch["attention_mask"].sum())
+    seconds: dict[Mode, list[float]] = {mode: [] for mode in modes}
+    with _restored(model), torch.inference_mode():
+        for attempt in _bar(range(LATENCY_ROUNDS + 1), "latency", progress):
+            for mode in modes:
+                runner = _prepare(model, mode, stock)
+                _synchronize(model.device)
+                start = time.perf_counter()
+                runner(**inputs)
+                _synchronize(model.device)
+                if attempt:  # the first round warms up
+                    seconds[mode].append(time.perf_counter() - start)
+    ann = median(seconds[Mode("qcfs")])
+    shape = {"examples": len(batch["input_ids"]), "tokens": tokens}
+    return [
+        {
+            **_identity(mode),
+            **shape,
+            "milliseconds": 1e3 * median(times),
+            "fastest": 1e3 * min(times),
+            "slowest": 1e3 * max(times),
+            "microseconds_per_token": 1e6 * median(times) / tokens,
+            "ratio": median(times) / ann,
+        }
+        for mode, times in seconds.items()
+    ]
+
+
+def make_batches(
+    examples: Sequence[Mapping[str, Any]], batch_size: int, pad_token_id: int = 0, device: Any = "cpu"
+) -> list[Batch]:
+    """Batches of similar length, the longest first, padded on the right; labels of tokens are padded with -100."""
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
+    fill = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
+    batches = []
+    for start in range(0, len(order), batch_size):
+        rows = [dict(examples[i]) for i in order[start : start + batch_size]]
+        width = len(rows[0]["input_ids"])
+        batch: dict[str, Any] = {}
+        for name in fill.keys() & ({"attention_mask"} | rows[0].keys()):
+            values = [row.get(name, [1] * len(row["input_ids"])) for row in rows]
+            if isinstance(values[0], list):
+                values = [value + [fill[name]] * (width - len(value)) for value in values]
+            batch[name] = torch.tensor(values, device=device)
+        batches.append(batch)
+    return batches
+
+
+class _Perplexity:
+    """Perplexity over all tokens that have a label, each predicted from those before it in its window."""
+
+    def __init__(self):
+        self.loss, self.tokens = 0.0, 0
+
+    def add(self, logits: torch.Tensor, batch: Batch) -> None:
+        for row, labels in zip(logits, batch["labels"], strict=True):
+            self.loss += F.cross_entropy(row[:-1].float(), labels[1:], reduction="sum").item()
+            self.tokens += int(labels[1:].ne(-100).sum())
+
+    def result(self) -> dict[str, float]:
+        loss = self.loss / self.tokens
+        return {PERPLEXITY: math.exp(min(loss, 700.0)), "loss": loss, "tokens": self.tokens}
+
+
+class _TaskMetric:
+    """Metric of a classification or regression task."""
+
+    def __init__(self, metric: str):
+        self.metric = metric
+        self.predictions: list[torch.Tensor] = []
+        self.labels: list[torch.Tensor] = []
+
+    def add(self, logits: torch.Tensor, batch: Batch) -> None:
+        self.predictions.append(logits.squeeze(-1).float() if logits.shape[-1] == 1 else logits.argmax(-1))
+        self.labels.append(batch["labels"])
+
+    def result(self) -> dict[str, float]:
+        predictions, labels = (torch.cat(each).cpu().numpy() for each in (self.predictions, self.labels))
+        return {**METRICS[self.metric](predictions, labels), "examples": len(labels)}
+
+
+def _quality(metric: str) -> "_Perplexity | _TaskMetric":
+    return _Perplexity() if metric == PERPLEXITY else _TaskMetric(metric)
+
+
+class _Agreement:
+    """How much logits agree with those of the ANN: share of equal argmax, and relative error."""
+
+    def __init__(self):
+        self.same, self.count, self.sums = 0, 0, np.zeros(2)
+        self.classes = 0
+
+    def add(self, logits: torch.Tensor, reference: torch.Tensor, batch: Batch) -> None:
+        self.classes = logits.shape[-1]
+        for i, (row, target) in enumerate(zip(logits.float(), reference.float(), strict=True)):
+            if row.dim() == 2:
+                counted = batch["labels"][i, 1:].ne(-100)
+                row, target = row[:-1][counted], target[:-1][counted]
+            same = row.argmax(-1) == target.argmax(-1)
+            self.same += int(same.sum())
+            self.count += same.numel()
+            self.sums += [(row - target).square().sum().item(), target.square().sum().item()]
+
+    def result(self) -> dict[str, float | None]:
+        share = self.same / self.count if self.classes > 1 else None
+        return {"agreement": share, "logit_error": math.sqrt(self.sums[0] / max(self.sums[1], 1e-30))}
+
+
+def _measure(
+    model: Any, batches: Sequence[Batch], mode: Mode, metric: str, stock: Any, progress: bool
+) -> dict[str, Any]:
+    """One row of results: a pass over the data in one mode, each batch beside the ANN."""
+    quality, agreement = _quality(metric), _Agreement()
+    monitor, errors = SpikeMonitor(model, densities=True), SiteErrors(model)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for batch in _bar(batches, str(mode), progress):
+            inputs = _inputs(batch)
+            with errors:
+                if mode.model != "qcfs":
+                    reference = _prepare(model, Mode("qcfs"))(**inputs).logits
+                runner = _prepare(model, mode, stock)
+                with monitor:
+                    logits = runner(**inputs).logits
+            if not logits.isfinite().all():
+                raise ValueError(f"`model` must give finite logits, got others in the mode {str(mode)!r}.")
+            quality.add(logits, batch)
+            agreement.add(logits, logits if mode.model == "qcfs" else reference, batch)
+    row = {**_identity(mode), "quality": quality.result(), **agreement.result()}
+    if mode.model != "stock":
+        row |= {"L": model.config.L, "spike_rate": monitor.spike_rate if mode.T else None}
+        relative = errors.relative()
+        row["sites"] = [
+            {"site": name, **site.summary(), "error": relative.get(name)} for name, site in monitor.sites.items()
+        ]
+    return row | {"seconds": time.perf_counter() - start}
+
+
+def _energy(model: Any, row: dict[str, Any], qcfs: Any, **settings: Any) -> dict[str, Any]:
+    """Energy of a row from its own spike rates, beside the ANN with and without skipping zeros."""
+    densities = {site["site"]: site["density"] for site in qcfs["sites"]}
+    if not row["T"]:
+        return energy_report(model, execution="ann", densities=densities, **settings)
+    rates = {site["site"]: site["spike_rate"] for site in row["sites"]}
+    settings |= {"T": row["T"], "spike_rates": rates, "densities": densities}
+    report = energy_report(model, execution=row["schedule"], **settings)
+    if row["schedule"] == "stepwise":
+        report["ratio_replicated"] = energy_report(model, execution="replicated", **settings)["ratio"]
+    return report
+
+
+def _check(model: Any, examples: Any, metric: str, timesteps: Any, schedules: Any, batch_size: int) -> None:
+    if not hasattr(model, "neurons"):
+        raise ValueError(f"`model` must be a FAS model, got {type(model).__name__}. Pass a stock model as `stock`.")
+    causal = hasattr(model, "lm_head")
+    if not causal and not hasattr(model, "classifier"):
+        raise ValueError(f"`model` must have a language modelling or classification head, got {type(model).__name__}.")
+    if metric not in ([PERPLEXITY] if causal else METRICS):
+        known = PERPLEXITY if causal else ", ".join(METRICS)
+        raise ValueError(f"`metric` must be one of {known} for {type(model).__name__}, got {metric!r}.")
+    check_timesteps(timesteps)
+    if not schedules or any(schedule not in SCHEDULES for schedule in schedules):
+        raise ValueError(f"`schedules` must be some of {', '.join(SCHEDULES)}, got {list(schedules)}.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if not len(examples):
+        raise ValueError("`examples` must not be empty: there is nothing to measure.")
+    for i, example in enumerate(examples):
+        missing = [name for name in ("input_ids", "labels") if example.get(name) is None]
+        if missing:
+            raise ValueError(f"`examples` must all have `input_ids` and `labels`, got number {i} without {missing}.")
+
+
+def check_timesteps(timesteps: Sequence[int]) -> None:
+    """Raise unless all are at least 1, and different."""
+    if not timesteps or any(not isinstance(T, int) or T < 1 for T in timesteps) or len({*timesteps}) < len(timesteps):
+        raise ValueError(
+            f"`timesteps` must be different integers of at least 1, got {list(timesteps)}. "
+            "The QCFS ANN (T = 0) is always measured."
+        )
+
+
+@contextmanager
+def _restored(model: Any) -> Iterator[None]:
+    """Evaluation mode inside; timesteps, schedule and training mode as before afterwards."""
+    T, schedule, training = model.config.T, model.config.schedule, model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.set_timesteps(T, schedule).train(training)
+
+
+def _prepare(model: Any, mode: Mode, stock: Any = None) -> nn.Module:
+    """The model to call for a mode, switched to it."""
+    return stock.eval() if mode.model == "stock" else model.set_timesteps(mode.T, mode.schedule)
+
+
+def _inputs(batch: Batch) -> Batch:
+    """What the model sees: no labels, and no mask where nothing is padded, as attention is faster without."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if bool(inputs["attention_mask"].all()):
+        del inputs["attention_mask"]
+    return inputs
+
+
+def _identity(mode: Mode) -> dict[str, Any]:
+    return {"model": mode.model, "schedule": mode.schedule, "T": mode.T}
+
+
+def _find(rows: Sequence[dict[str, Any]], mode: Mode) -> dict[str, Any] | None:
+    return next((row for row in rows if _identity(mode).items() <= row.items()), None)
+
+
+def _bar(items: Any, description: str, progress: bool) -> Any:
+    return tqdm(items, desc=description, leave=False, disable=None if progress else True)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

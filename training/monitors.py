@@ -1,0 +1,224 @@
+"""Streaming statistics of neuron sites: spikes per neuron, and errors against the ANN, around any call of a model."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BertModel, GPT2Model
+
+from modeling_fas import MIN_THRESHOLD
+
+
+# Values handled at a time: what a monitor needs beside its counts, four bytes each.
+CHUNK = {"cpu": 2**20, "cuda": 2**24}
+# A neuron that fires in a larger share of all timesteps counts as saturated; one that never fires as dead.
+SATURATED_RATE = 0.95
+# Upper ends of the bins of the histogram of spike rates; the first bin holds the dead neurons.
+RATE_BINS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass
+class SiteStatistics:
+    """Counts of one neuron site.
+
+    At T = 0 nothing spikes: the counts are those of the layerwise schedule at T = L, which emits the same values.
+
+    Attributes:
+        spikes: `(D,)` spikes of each neuron.
+        active: `(D,)` values other than 0 it emitted: spikes, in stepwise mode; else time averages above 0. `None`
+            where they are not counted.
+        steps: Timesteps it was observed for, over all positions.
+        values: Values it emitted: one a timestep in stepwise mode, else one a position.
+    """
+
+    spikes: torch.Tensor
+    active: torch.Tensor | None = None
+    steps: int = 0
+    values: int = 0
+
+    @property
+    def rates(self) -> torch.Tensor:
+        """Spike rate of each neuron, `(D,)`: spikes per timestep."""
+        return self.spikes / max(self.steps, 1)
+
+    @property
+    def rate(self) -> float:
+        """Spike rate of the site: spikes per neuron and timestep."""
+        return self.rates.mean().item()
+
+    @property
+    def density(self) -> float | None:
+        """Share of the emitted values that are not 0; `None` where they are not counted."""
+        if self.active is None:
+            return None
+        return (self.active / max(self.values, 1)).mean().item()
+
+    def summary(self) -> dict[str, Any]:
+        """What a results file keeps of a site."""
+        rates = self.rates
+        bins = torch.bucketize(rates, torch.tensor(RATE_BINS, dtype=rates.dtype, device=rates.device))
+        return {
+            "neurons": len(rates),
+            "spike_rate": self.rate,
+            "density": self.density,
+            "dead": int((self.spikes == 0).sum()),
+            "saturated": int((rates > SATURATED_RATE).sum()),
+            "histogram": torch.bincount(bins, minlength=len(RATE_BINS)).tolist(),
+        }
+
+
+class _SiteHooks:
+    """Context manager that sees what every site emits, with the weight of each position: 0 for padding, else 1."""
+
+    def __init__(self, model: nn.Module):
+        neurons = getattr(model, "neurons", None)
+        trunk = next((module for module in model.modules() if isinstance(module, (GPT2Model, BertModel))), None)
+        if neurons is None or trunk is None:
+            raise ValueError(f"`model` must be a FAS model, got {type(model).__name__}, which has no neuron sites.")
+        self._neurons: list[tuple[str, Any]] = neurons()
+        self._trunk = trunk
+        self._mask: torch.Tensor | None = None
+        self._handles: list[Any] = []
+
+    def __enter__(self):
+        if self._handles:
+            raise RuntimeError(f"This {type(self).__name__} is already around a call. Make another one.")
+        self._handles = [self._trunk.register_forward_pre_hook(self._see_mask, with_kwargs=True)]
+        self._handles += [neuron.register_forward_hook(self._hook(name)) for name, neuron in self._neurons]
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._mask = [], None
+
+    def _hook(self, name: str) -> Callable:
+        @torch.no_grad()
+        def hook(neuron, inputs, output):
+            self._see(name, neuron, output)
+
+        return hook
+
+    def _see_mask(self, trunk: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        mask = inspect.signature(trunk.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        self._mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+    def _weights(self, output: torch.Tensor) -> torch.Tensor:
+        """Weight of each row and position, `output.shape[:-1]`; the pooler has rows only."""
+        if self._mask is None or output.dim() == 2:
+            return output.new_ones(output.shape[:-1], dtype=torch.float32)
+        mask = self._mask[:, -output.shape[1] :].to(output.device, torch.float32)
+        return mask.repeat(output.shape[0] // mask.shape[0], 1)
+
+    def _see(self, name: str, neuron: Any, output: torch.Tensor) -> None:
+        raise NotImplementedError
+
+
+class SpikeMonitor(_SiteHooks):
+    """Counts the spikes of every neuron in constant memory, around any call; counts of several calls add up.
+
+    ```python
+    >>> with SpikeMonitor(model) as monitor:
+    ...     model.generate(**inputs, max_new_tokens=20)
+    >>> monitor.spike_rate
+    ```
+
+    Positions that a two-dimensional attention mask marks as padding do not count; with a mask of any other shape, or
+    none, all positions do. Nothing the model computes changes.
+
+    Args:
+        model: A FAS model, in any mode.
+        densities: Count values other than 0 as well, which takes a copy and another sum of what is no spike train.
+
+    Raises:
+        ValueError: if the model has no neuron sites.
+    """
+
+    def __init__(self, model: nn.Module, densities: bool = False):
+        super().__init__(model)
+        self.count_densities = densities
+        self.sites: dict[str, SiteStatistics] = {}
+
+    @property
+    def spike_rate(self) -> float:
+        """Spikes per neuron and timestep, over all sites."""
+        spikes = sum(site.spikes.sum().item() for site in self.sites.values())
+        return spikes / max(sum(site.steps * len(site.spikes) for site in self.sites.values()), 1)
+
+    def spike_rates(self) -> dict[str, float]:
+        """Spike rate of each site."""
+        return {name: site.rate for name, site in self.sites.items()}
+
+    def densities(self) -> dict[str, float | None]:
+        """Share of values other than 0 of each site; `None` where they are not counted."""
+        return {name: site.density for name, site in self.sites.items()}
+
+    def _see(self, name: str, neuron: Any, output: torch.Tensor) -> None:
+        width = output.shape[-1]
+        site = self.sites.get(name)
+        if site is None:
+            rows = 2 if self.count_densities else 1
+            counts = torch.zeros(rows, width, dtype=torch.float64, device=output.device)
+            site = self.sites[name] = SiteStatistics(*counts)
+        weights = self._weights(output)
+        steps = 1 if neuron.stepwise else neuron.T or neuron.L
+        scale = steps / _threshold(neuron, output)
+        # Sums of float32 values round to exact counts; half precision and thresholds by position need each value's.
+        summable = output.dtype in (torch.float32, torch.float64) and scale.dim() < 2
+        rows = max(1, CHUNK.get(output.device.type, CHUNK["cuda"]) // max(output[0].numel(), 1))
+        for part, weight in zip(output.split(rows), weights.split(rows), strict=True):
+            counts = part if summable else (part.float() * scale).round_()
+            weight = weight.to(counts.dtype)
+            seen = torch.tensordot(weight, counts, weight.dim())
+            seen = (seen * scale).round_() if summable else seen
+            site.spikes += seen
+            if site.active is not None:
+                site.active += seen if neuron.stepwise else torch.tensordot(weight, counts.sign(), weight.dim())
+        values = int(weights.sum().item())
+        site.values += values
+        site.steps += values * steps
+
+
+class SiteErrors(_SiteHooks):
+    """Errors of what the sites of a spiking network emit, on average over time, against its ANN.
+
+    Inside the context every batch runs at T = 0 first, then at T > 0. Holds the activations of one batch.
+
+    Raises:
+        ValueError: at a batch that did not run at T = 0 before.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self._reference: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def relative(self) -> dict[str, float]:
+        """Norm of the error of each site over the norm of its ANN activation."""
+        return {name: (error / norm.clamp(min=1e-30)).sqrt().item() for name, (error, norm) in self._sums.items()}
+
+    def _see(self, name: str, neuron: Any, output: torch.Tensor) -> None:
+        if neuron.T == 0:
+            self._reference[name] = output
+            return
+        reference = self._reference.pop(name, None)
+        if reference is None or reference.shape[1:] != output.shape[1:]:
+            raise ValueError(f"`model` must run the same batch at T = 0 first, got T = {neuron.T} at {name!r}.")
+        weights = self._weights(reference)
+        averages = output.unflatten(0, (-1, reference.shape[0]))
+        sums = self._sums.setdefault(name, torch.zeros(2, dtype=torch.float64, device=output.device))
+        for row, weight in enumerate(weights):
+            target = reference[row].float()
+            error = averages[:, row].float().mean(0) - target
+            sums += torch.stack([(each.square().sum(-1) * weight).sum() for each in (error, target)])
+
+
+def _threshold(neuron: Any, output: torch.Tensor) -> torch.Tensor:
+    """The threshold a site used for an output: `(1,)`, `(D,)` or `(S, D)`, float32."""
+    threshold = neuron.threshold if neuron.T == 0 or neuron.fine_threshold is None else neuron.fine_threshold
+    if threshold.dim() == 2:
+        threshold = threshold[neuron.position : neuron.position + output.shape[-2]]
+    return threshold.float().clamp(min=MIN_THRESHOLD)
