@@ -82,14 +82,14 @@ def calibration_loss(
         raise ValueError(f"`reduction` must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}.")
     core = extract_model_from_parallel(model)
     check_calibratable(core)
-    inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    given: dict[str, Any] = {name: value for name, value in inputs.items() if name != "labels"}
     if "use_cache" in inspect.signature(core.forward).parameters:
-        inputs["use_cache"] = False
+        given["use_cache"] = False
 
     with torch.no_grad(), recorded(core, 0) as targets:
-        teacher_logits = model(**inputs)["logits"]
+        teacher_logits = model(**given)["logits"]
     with recorded(core, core.config.calib_T) as averages:
-        logits = model(**inputs)["logits"]
+        logits = model(**given)["logits"]
     if torch.is_grad_enabled() and any(
         neuron.fine_threshold.requires_grad and not averages[name].requires_grad for name, neuron in core.neurons()
     ):

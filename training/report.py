@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import pandas as pd  # type: ignore[import-untyped]
+import pandas as pd
 from matplotlib.figure import Figure
 
 from .energy import NOT_COUNTED

@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .calibration import calibration_loss
 from .checkpoints import unmark
+from .publish import PublishMixin
 
 
 THRESHOLD_NAMES = ("threshold", "initial_potential")
@@ -58,7 +59,7 @@ class _AfterEachStep(TrainerCallback):
             model.clamp_thresholds_()
 
 
-class FASTrainer(Trainer):
+class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
     """[`Trainer`] for QCFS fine-tuning; a stock model trains with it as with `Trainer`.
 
     Thresholds and initial potentials have their own parameter group (own learning rate, no weight decay) and are kept
