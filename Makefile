@@ -21,7 +21,7 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
 
 demo: $(VENV)/.installed ## convert a real BERT on real sentences and run it as a spiking network (ARGS="--help" for flags)
-	$(RUN) -m training.demo $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(RUN) -m training.demo $(ARGS)
 
 test: $(VENV)/.installed ## the default tests: offline, under 3 minutes on two cores
 	$(RUN) -m pytest -n $(JOBS) $(ARGS)
