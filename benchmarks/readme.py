@@ -23,7 +23,7 @@ def table() -> str:
     record = read_results(RESULTS)
     versions, hardware = record["versions"], record["hardware"]
     return (
-        f"{markdown_table(record['metrics'], COLUMNS)}\n\n`{record['command']}`, {record['date'][:10]}, commit "
+        f"{markdown_table(record['metrics'], COLUMNS)}\n\n`make demo`, {record['date'][:10]}, commit "
         f"{(record['commit'] or 'unknown')[:7]}; {hardware['processor']}, {hardware['threads']} threads; torch "
         f"{versions['torch']}, transformers {versions['transformers']}."
     )
