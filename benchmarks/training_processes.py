@@ -25,7 +25,7 @@ from training.results import markdown_table, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "training"
-TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 FLAGS = ["--do_train", "--learning_rate=1e-3", "--report_to=none", "--disable_tqdm=true", "--use_cpu"]
 
 
