@@ -38,13 +38,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
     args = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    written = f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.split(END)[1]}"
-    if args.check:
-        return int(written != page)
-    PAGE.write_text(written, encoding="utf-8")
-    return 0
+    return update(PAGE, BEGIN, tables(), args.check)
+
+
+def update(path: Path, begin: str, content: str, check: bool) -> int:
+    """Put content between the marks of a page; with `check` write nothing, and return 1 if it was out of date."""
+    page = path.read_text(encoding="utf-8")
+    before, rest = page.split(begin)
+    written = f"{before}{begin}\n\n{content}\n\n{END}{rest.split(END)[1]}"
+    if not check:
+        path.write_text(written, encoding="utf-8")
+    return int(check and written != page)
 
 
 if __name__ == "__main__":
