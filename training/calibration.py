@@ -131,6 +131,8 @@ def freeze_for_calibration(model: nn.Module) -> list[nn.Parameter]:
     for module in core.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "dropout_prob"):  # of attention, in transformers 4
+            module.dropout_prob = 0.0
     return trainable
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import BertPreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .calibration import calibration_loss
+from .calibration import calibration_loss, freeze_for_calibration
 from .checkpoints import unmark
 from .publish import PublishMixin
 
@@ -130,15 +130,7 @@ class FASCalibrationTrainer(FASTrainer):
         loss_settings: dict[str, Any] | None = None,
         **kwargs,
     ):
-        if model.config.calib_T is None:
-            raise ValueError("`model` must have fine thresholds to calibrate. Call model.begin_calibration(T) first.")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith(("fine_threshold", "initial_potential")))
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "dropout_prob"):  # of attention, in transformers 4
-                module.dropout_prob = 0.0
+        freeze_for_calibration(model)
         model.set_timesteps(model.config.calib_T, "stepwise")
         super().__init__(model, args, **kwargs)
         self.loss_settings = loss_settings or {}
