@@ -94,7 +94,7 @@ def run_cell(name, seed, variants, timesteps):
                 more = {} if variant == "uncalibrated" else calibrate(model, task, variant, T, seed)
                 model.set_timesteps(T)
         calibrated = time.perf_counter()
-        scores, logits = task.evaluate(model, more.get("length"))
+        scores, logits = task.evaluate(model)
         seconds = {"calibration_s": calibrated - start, "evaluation_s": time.perf_counter() - calibrated}
         if logits is not None and variant != "gelu":
             teacher = logits if variant == "qcfs" else teacher_logits(path.stem, task, seed)
@@ -112,7 +112,12 @@ def main():
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--T", nargs="+", type=int, default=[4, 8, 2, 1])
-    parser.add_argument("--variants", nargs="+", default=["uncalibrated", "coarse", "neuron", "fine", "published"])
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["uncalibrated", "coarse", "neuron", "fine", "published"],
+        help="`coarse`: a pair by site; `neuron`: by neuron",
+    )
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
