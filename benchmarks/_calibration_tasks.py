@@ -157,7 +157,7 @@ class Prose:
     rates = {"qcfs": (2e-4, 1e-2)}
     sources = {"prose": "prose", "wikitext": "wikitext-103"}
 
-    def __init__(self, steps=60, windows=32, evaluate_on=("prose", "wikitext")):
+    def __init__(self, steps=200, windows=32, evaluate_on=("prose", "wikitext")):
         self.steps, self.eval_windows, self.evaluate_on = steps, windows, evaluate_on
 
     @cached_property

@@ -23,10 +23,13 @@ from training.results import read_results, write_results
 RESULTS = ROOT / "benchmarks" / "results" / "calibration"
 SETTINGS = {
     "rows": {"glue": 64, "prose": 8},  # of the batch that the searches see
-    "fine": {"lr": 0.02, "site_weight": 10.0, "output_weight": 1.0},
+    "fine": {
+        "glue": {"lr": 0.02, "site_weight": 10.0, "output_weight": 1.0},
+        "prose": {"lr": 0.05, "site_weight": 0.1, "output_weight": 1.0},
+    },
     # The published recipe: position granularity at one padded length, fixed pair, its losses, rates and decay.
     "published": {"lr_gpt2": 0.003, "lr_bert": 0.07},
-    "steps": 30,
+    "steps": {"sst2": 30, "cola": 30, "stsb": 20, "prose": 60},
     "batch_size": {"glue": 16, "prose": 4},
 }
 
@@ -48,7 +51,7 @@ def calibrate(model, task, variant, T, seed):
     """Calibrate in place; returns what is needed to evaluate and to report."""
     kind = "prose" if task.name == "prose" else "glue"
     length = task.max_length if variant == "published" else None
-    batches = task.calibration_batches(SETTINGS["steps"], SETTINGS["batch_size"][kind], seed, length)
+    batches = task.calibration_batches(SETTINGS["steps"][task.name], SETTINGS["batch_size"][kind], seed, length)
     if variant == "published":
         model.begin_calibration(T, "position", length)
         for _, neuron in model.neurons():
@@ -60,7 +63,7 @@ def calibrate(model, task, variant, T, seed):
     batch = task.calibration_batches(1, SETTINGS["rows"][kind], seed)[0]
     sites = coarse_search(model, batch, per_neuron=variant != "coarse", progress=False)
     if variant == "fine":
-        train(model, batches, **SETTINGS["fine"])
+        train(model, batches, **SETTINGS["fine"][kind])
     return {"sites": sites}
 
 
