@@ -5,7 +5,9 @@ import shlex
 import pytest
 
 from training import run_clm, run_glue, run_mlm
-from training.arguments import parse_arguments
+from training.arguments import DataArguments, FASTrainingArguments, ModelArguments, parse_arguments
+from training.runner import Run
+from training.trainers import FASCalibrationTrainer
 from training_helpers import save_bert, save_gpt2, write_corpus, write_reviews
 
 
@@ -104,6 +106,7 @@ BAD = {
     "T alone": (run_glue, GLUE + " --T 4", "`--T` names the timesteps of the spiking evaluation"),
     "negative T": (run_clm, CLM + " --do_eval --T -1", "`--T` must hold numbers of timesteps"),
     "L of zero": (run_mlm, GLUE + " --L 0", "`--L` must be at least 1"),
+    "negative weight": (run_glue, GLUE + " --site_weight -1", "`--site_weight` must be 0 or more"),
     "calibrate without T": (run_clm, CLM + " --stage calibrate", "`--calib_T` is required"),
     "calibrate stock": (run_clm, CLM + " --stage calibrate --calib_T 2", "must be fine-tuned with QCFS"),
     "endless stream": (run_clm, CLM + " --streaming", "`--max_steps` is required with --streaming"),
@@ -133,3 +136,20 @@ def test_bad_input_is_named_before_any_training(case, inputs, monkeypatch):
         script.main(flags.replace("{}", str(inputs)).split())
     assert not list((inputs / "out").glob("*"))
     assert [path.name for path in (inputs / "full").iterdir()] == ["kept.txt"]
+
+
+@pytest.mark.parametrize(
+    ("script", "granularity", "flags", "rate", "weight"),
+    [
+        ("clm", "neuron", {}, 0.05, 0.1),
+        ("glue", "layer", {}, 0.02, 10.0),
+        ("glue", "position", {}, 0.07, 10.0),
+        ("glue", "neuron", {"threshold_learning_rate": 0.5, "site_weight": 0.0}, 0.5, 0.0),
+    ],
+)
+def test_calibration_by_neuron_has_its_own_settings_and_flags_win(script, granularity, flags, rate, weight, tmp_path):
+    model = ModelArguments(stage="calibrate", granularity=granularity)
+    run = Run(script, model, DataArguments(), FASTrainingArguments(output_dir=str(tmp_path), **flags), None, [])
+    assert run.trainer.func is FASCalibrationTrainer
+    assert run.trainer.keywords["threshold_learning_rate"] == rate
+    assert run.trainer.keywords["loss_settings"] == {"site_weight": weight}

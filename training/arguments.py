@@ -25,6 +25,8 @@ THRESHOLD_LEARNING_RATES = {
     ("glue", "downstream"): 0.05,
     ("glue", "calibrate"): 0.07,
 }
+# Of calibration by layer or neuron, measured (docs/calibration.md): learning rate, and weight of the site errors.
+CALIBRATION_SETTINGS = {"clm": (0.05, 0.1), "glue": (0.02, 10.0)}
 # Initial threshold by script, where neither the flag nor the checkpoint has one: those of the published code.
 INITIAL_THRESHOLDS = {"clm": 2.0, "mlm": 1.24, "glue": 2.5}
 FILE_TYPES = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -179,6 +181,13 @@ class FASTrainingArguments(TrainingArguments):
     threshold_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of thresholds and initial potentials; by default by stage."}
     )
+    site_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the error of the sites in the loss of --stage calibrate, beside 1 for that of the "
+            "output; by default 0.1 for run_clm, 10 for run_glue."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Start anew in an output folder that is not empty; its checkpoints are deleted."},
@@ -202,6 +211,8 @@ class FASTrainingArguments(TrainingArguments):
 
     def check(self, streaming: bool) -> None:
         """Raise for a run that does nothing, has no end, or has nowhere to write."""
+        if self.site_weight is not None and self.site_weight < 0:
+            raise ValueError(f"`--site_weight` must be 0 or more, got {self.site_weight}.")
         if not (self.do_train or self.do_eval):
             raise ValueError("`--do_train` or `--do_eval` is required: there is nothing to do.")
         if streaming and self.do_train and self.max_steps <= 0:

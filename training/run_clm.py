@@ -15,7 +15,6 @@ from .arguments import STAGES
 from .data import blocks, causal_collator, load_raw, text_splits
 from .runner import Run, load_model, show_messages, start, train_and_evaluate
 from .tokenization import load_tokenizer
-from .trainers import FASCalibrationTrainer, FASTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -37,15 +36,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             split: blocks(dataset, tokenizer, data, size, split=split, seed=args.seed if split == "train" else None)
             for split, dataset in raw.items()
         }
-    trainer_class = FASCalibrationTrainer if run.stage == "calibrate" else FASTrainer
     args.prediction_loss_only = True
-    trainer = trainer_class(
+    trainer = run.trainer(
         model=model,
-        args=args,
         train_dataset=splits.pop("train", None),
         processing_class=tokenizer,
         data_collator=causal_collator,
-        threshold_learning_rate=run.threshold_learning_rate,
     )
     return train_and_evaluate(run, trainer, tokenizer, splits, perplexity=True)
 

@@ -16,7 +16,6 @@ from .metrics import glue_metric
 from .runner import Run, load_model, show_messages, start, train_and_evaluate
 from .tasks import Task, check_task_name, encode, find_task, select_splits
 from .tokenization import load_tokenizer
-from .trainers import FASCalibrationTrainer, FASTrainer
 
 
 DEFAULT_LENGTH = 128
@@ -39,15 +38,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     model = load_model(run, BertForSequenceClassification, FASBertForSequenceClassification, **label_settings(task))
     with args.main_process_first(desc="tokenizing"):
         encoded = {split: encode(dataset, tokenizer, task, data, length, split) for split, dataset in splits.items()}
-    trainer_class = FASCalibrationTrainer if run.stage == "calibrate" else FASTrainer
-    trainer = trainer_class(
+    trainer = run.trainer(
         model=model,
-        args=args,
         train_dataset=encoded.pop("train", None),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=glue_metric(task.metric),
-        threshold_learning_rate=run.threshold_learning_rate,
     )
     return train_and_evaluate(run, trainer, tokenizer, encoded)
 

@@ -14,7 +14,6 @@ from modeling_fas import FASBertForMaskedLM
 from .data import MaskingCollator, blocks, load_raw, text_splits
 from .runner import load_model, show_messages, start, train_and_evaluate
 from .tokenization import load_tokenizer
-from .trainers import FASTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -37,13 +36,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             for split, dataset in raw.items()
         }
     args.prediction_loss_only = True
-    trainer = FASTrainer(
+    trainer = run.trainer(
         model=model,
-        args=args,
         train_dataset=splits.pop("train", None),
         processing_class=tokenizer,
         data_collator=MaskingCollator(tokenizer, data.mlm_probability, seed=args.seed),
-        threshold_learning_rate=run.threshold_learning_rate,
     )
     return train_and_evaluate(run, trainer, tokenizer, splits, perplexity=True)
 

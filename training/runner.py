@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer, set_seed
 from configuration_fas import FASConfig
 
 from .arguments import (
+    CALIBRATION_SETTINGS,
     INITIAL_THRESHOLDS,
     THRESHOLD_LEARNING_RATES,
     DataArguments,
@@ -26,6 +28,7 @@ from .coarse import start_calibration
 from .data import AnyDataset
 from .evaluation import evaluate_modes
 from .results import markdown_table, read_results, write_results
+from .trainers import FASCalibrationTrainer, FASTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -59,7 +62,19 @@ class Run:
     def threshold_learning_rate(self) -> float | None:
         if self.training.threshold_learning_rate is not None:
             return self.training.threshold_learning_rate
+        if self.stage == "calibrate" and self.model.granularity != "position":
+            return CALIBRATION_SETTINGS[self.script][0]
         return THRESHOLD_LEARNING_RATES.get((self.script, self.stage))
+
+    @property
+    def trainer(self) -> Any:
+        """Trainer of the stage, but for the model, the data and what goes with them."""
+        settings: dict[str, Any] = {"args": self.training, "threshold_learning_rate": self.threshold_learning_rate}
+        if self.stage != "calibrate":
+            return partial(FASTrainer, **settings)
+        weight = self.training.site_weight
+        weight = CALIBRATION_SETTINGS[self.script][1] if weight is None else weight
+        return partial(FASCalibrationTrainer, loss_settings={"site_weight": weight}, **settings)
 
 
 def show_messages() -> None:
