@@ -106,7 +106,12 @@ def test_weights_scale_the_parts_and_a_weight_of_zero_keeps_nan_out():
     batch = tiny.batch("classify")
     with torch.no_grad():
         parts = calibration_loss(model, batch, site_weight=3.0, output_weight=0.5)
-        assert float(parts.loss) == pytest.approx(3 * float(sum(parts.sites.values())) + 0.5 * float(parts.output))
+        sites, variances = sum(parts.sites.values()), sum(parts.variances.values())
+        assert float(parts.loss) == pytest.approx(float(3 * (sites + 0.1 * variances) + 0.5 * parts.output))
+        parts = calibration_loss(model, batch, variance_weight=0.5)
+        assert float(parts.loss) == pytest.approx(float(10 * (sites + 0.5 * variances) + parts.output))
+        parts = calibration_loss(model, batch, reduction="published", site_weight=1.0)
+        assert float(parts.loss) == pytest.approx(float(sum(parts.sites.values()) + parts.output))
         model.classifier.bias.fill_(torch.nan)
         assert calibration_loss(model, batch, output_weight=0).loss.isfinite()
 
@@ -194,7 +199,30 @@ def test_coarse_search_reports_the_error_it_leaves(kind, schedule, granularity):
         assert found[name]["error"] <= found[name]["error_before"]
 
 
-def test_coarse_search_finds_the_best_pair_of_every_site_in_turn():
+@pytest.mark.parametrize("granularity", ["layer", "neuron", "position"])
+def test_variance_is_that_of_the_spike_trains(granularity):
+    model, batch, spread = calibrated("gpt2", granularity=granularity), tiny.batch("gpt2"), {}
+
+    def keep(neuron, _inputs, output):
+        if neuron.T:
+            steps = output.unflatten(0, (neuron.T, -1))
+            spread[neuron] = steps.var(0, unbiased=False)[batch["attention_mask"].bool()].mean()
+
+    with torch.no_grad():
+        handles = [neuron.register_forward_hook(keep) for _, neuron in model.neurons()]
+        variances = calibration_loss(model, batch).variances
+        for name, neuron in model.neurons():
+            assert float(variances[name]) == pytest.approx(float(spread[neuron]), rel=1e-5)
+            assert variances[name] > 0
+        for handle in handles:
+            handle.remove()
+        model.config.schedule = "layerwise"
+        model.set_timesteps(2, "layerwise")
+        assert not any(calibration_loss(model, batch).variances.values())
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_coarse_search_finds_the_best_pair_of_every_site_in_turn(weight):
     model = tiny.model("gpt2")
     model.begin_calibration(3)
     batch, grid = tiny.batch("gpt2"), [(scale, start) for scale in (0.5, 0.7, 1.0) for start in (0.2, 0.5)]
@@ -204,13 +232,33 @@ def test_coarse_search_finds_the_best_pair_of_every_site_in_turn():
         for pair in grid:
             set_pair(neuron, *pair)
             with torch.no_grad():
-                errors[pair] = float(calibration_loss(expected, batch).sites[name])
+                parts = calibration_loss(expected, batch)
+            errors[pair] = float(parts.sites[name] + weight * parts.variances[name])
         set_pair(neuron, *min(errors, key=errors.__getitem__))
-    settings = {"scales": (0.5, 0.7, 1.0), "potentials": (0.2, 0.5), "progress": False}
+    settings = {"scales": (0.5, 0.7, 1.0), "potentials": (0.2, 0.5), "variance_weights": [weight], "progress": False}
     coarse_search(model, batch, per_neuron=False, **settings)
     for (_, neuron), (_, other) in zip(model.neurons(), expected.neurons(), strict=True):
         assert torch.equal(neuron.fine_threshold, other.fine_threshold)
         assert torch.equal(neuron.initial_potential, other.initial_potential)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_coarse_search_keeps_the_variance_weight_of_the_nearest_output(kind):
+    batch, weights, tried = tiny.batch(kind), (0.0, 0.1, 1.0, 10.0), {}
+    for weight in weights:
+        model = tiny.model(kind).begin_calibration(3)
+        coarse_search(model, batch, variance_weights=[weight], progress=False)
+        with torch.no_grad():
+            tried[weight] = float(calibration_loss(model, batch).output), model
+    best = min(tried, key=lambda weight: tried[weight][0])
+    assert len({error for error, _ in tried.values()}) > 1
+    for order in (weights, weights[::-1]):
+        model = tiny.model(kind).begin_calibration(3)
+        found = coarse_search(model, batch, variance_weights=order, progress=False)
+        assert {site["variance_weight"] for site in found.values()} == {best}
+        for (_, neuron), (_, other) in zip(model.neurons(), tried[best][1].neurons(), strict=True):
+            assert torch.equal(neuron.fine_threshold, other.fine_threshold)
+            assert torch.equal(neuron.initial_potential, other.initial_potential)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +350,8 @@ def test_the_record_says_what_was_done_to_every_site(tmp_path):
 def test_search_by_neuron_gives_each_its_own_pair_and_silent_ones_that_of_their_site():
     model, by_site = tiny.model("gpt2"), tiny.model("gpt2")
     ids = torch.randint(1, tiny.VOCABULARY, (8, tiny.POSITIONS), generator=torch.Generator().manual_seed(2))
-    batch, settings = {"input_ids": ids}, {"scales": (0.5, 0.7, 1.0), "potentials": (0.2, 0.5), "progress": False}
+    batch = {"input_ids": ids}
+    settings = {"scales": (0.5, 0.7, 1.0), "potentials": (0.2, 0.5), "variance_weights": [0.0], "progress": False}
     for each in (model, by_site):
         with torch.no_grad():
             each.transformer.h[0].mlp.c_fc.bias[:4] = -100.0  # silent neurons

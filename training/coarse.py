@@ -1,6 +1,8 @@
 """Coarse calibration: scales of the thresholds and initial potentials by search, front to back, no gradient."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -9,12 +11,20 @@ from tqdm.auto import tqdm
 
 from modeling_fas import FASNeuron, integrate_and_fire, spike_rate
 
-from .calibration import check_calibratable, describe_sites, real_tokens, recorded
+from .calibration import (
+    check_calibratable,
+    describe_sites,
+    output_error,
+    real_tokens,
+    recorded,
+    variance_over_time,
+)
 
 
 PUBLISHED_PAIR = (0.6, 0.2)
-SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2)
+SCALES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2)
 POTENTIALS = (0.2, 0.35, 0.5, 0.65, 0.8)
+VARIANCE_WEIGHTS = (0.0, 0.03, 0.1, 0.3)
 # A neuron follows its site unless its own tokens say otherwise: so many further ones count as the site's average.
 PRIOR_TOKENS = 16
 
@@ -40,28 +50,34 @@ def coarse_search(
     per_neuron: bool | None = None,
     scales: Sequence[float] = SCALES,
     potentials: Sequence[float] = POTENTIALS,
+    variance_weights: Sequence[float] = VARIANCE_WEIGHTS,
     max_tokens: int = 512,
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
-    """Choose for every site the pair (scale of the threshold, initial potential) with the least squared error.
+    """Choose for every site the pair (scale of the threshold, initial potential) that serves the network best.
 
     One forward pass of the ANN records the activation that each site should have. One pass of the spiking network
     then stops before each site: with what the calibrated sites before it deliver, every pair of the grid is run, and
-    the one whose time average is nearest to the ANN's activation is set before the pass goes on.
+    the best one is set before the pass goes on. Best is the least squared error of the time average, plus a weight
+    times the variance over time: LayerNorm and softmax see single timesteps, so that an average made of few large
+    spikes serves them worse than the same average made of many small ones. How much worse depends on the network: the
+    pass is made with each of `variance_weights`, and the thresholds whose output is nearest to the ANN's are kept.
 
     Args:
         model: With fine parameters; left at `calib_T`.
         inputs: Of the model, `(B, S)`, without labels or with: they are not used. A few dozen rows will do.
-        per_neuron: Whether every neuron has a pair of its own: that with the least error of its own tokens and of 16
-            more at the site's average. By default, unless the granularity is `"layer"`.
+        per_neuron: Whether every neuron has a pair of its own: the best for its own tokens and 16 more at the site's
+            average. By default, unless the granularity is `"layer"`.
         scales: Of the threshold, to try.
         potentials: To try.
+        variance_weights: To try; layerwise there is no variance, and one pass.
         max_tokens: Real tokens, evenly spaced, that a site is judged by.
         progress: Whether to show a progress bar.
 
     Returns:
-        By site: `scale` and `initial_potential` (the mean over neurons), `error_before` (mean squared error at scale 1
-        and potential 1/2, given the calibrated sites before it) and `error`.
+        By site: `scale` and `initial_potential` (the mean over neurons), the mean squared error of its time average,
+        given the calibrated sites before it: `error_before` at scale 1 and potential 1/2, then `error`; and the
+        `variance_weight` that was kept.
 
     Raises:
         ValueError: for a model without fine parameters, a folded one, or `per_neuron` at granularity `"layer"`.
@@ -74,40 +90,64 @@ def coarse_search(
     model.eval()
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
     with recorded(model, 0) as targets:
-        logits = model(**inputs)["logits"]
-    rows = real_tokens(inputs, logits).flatten().nonzero().squeeze(-1)
+        teacher = model(**inputs)["logits"]
+    mask = real_tokens(inputs, teacher)
+    rows = mask.flatten().nonzero().squeeze(-1)
     rows = rows[torch.linspace(0, len(rows) - 1, min(max_tokens, len(rows)), device=rows.device).long()]
-    pairs = torch.tensor(list(product(scales, potentials)), device=logits.device)
-    found: dict[str, dict[str, float]] = {}
-
-    def before(name):
-        def search(neuron, args):
-            steps, target = _of_tokens(neuron, args[0], targets.pop(name), rows)
-            errors = torch.stack([_errors(neuron, steps, target, *pair) for pair in pairs])
-            best = errors.mean(1).argmin()
-            if per_neuron:
-                best = (len(target) * errors + PRIOR_TOKENS * errors.mean(1, keepdim=True)).argmin(0)
-            set_pair(neuron, *pairs[best].unbind(-1))
-            error = errors[best].mean() if best.dim() == 0 else errors.gather(0, best[None]).mean()
-            found[name] = {
-                "scale": pairs[best, 0].mean().item(),
-                "initial_potential": pairs[best, 1].mean().item(),
-                "error_before": _errors(neuron, steps, target, *pairs.new_tensor((1.0, 0.5))).mean().item(),
-                "error": error.item(),
-            }
-            bar.update()
-
-        return search
-
-    handles = [neuron.register_forward_pre_hook(before(name)) for name, neuron in model.neurons()]
+    pairs = torch.tensor(list(product(scales, potentials)), device=teacher.device)
+    weights = variance_weights if model.config.schedule == "stepwise" else (0.0,)
     model.set_timesteps(model.config.calib_T)
+    best: tuple[float, dict[str, dict[str, float]], Any] = (float("inf"), {}, None)
+    with tqdm(
+        total=len(weights) * len(model.neurons()), desc="coarse search", unit="site", disable=not progress
+    ) as bar:
+        for weight in weights:
+            found: dict[str, dict[str, float]] = {}
+            with _before_each_site(model, partial(_choose, targets, rows, pairs, per_neuron, weight, found, bar)):
+                logits = model(**inputs)["logits"]
+            error = output_error(logits, teacher, model.config.backbone == "gpt2", mask).item()
+            if best[2] is None or error < best[0]:
+                best = (error, found, [_fine_parameters(neuron) for _, neuron in model.neurons()])
+    for (_, neuron), (threshold, potential) in zip(model.neurons(), best[2], strict=True):
+        neuron.fine_threshold.copy_(threshold)
+        neuron.initial_potential.copy_(potential)
+    return best[1]
+
+
+def _fine_parameters(neuron) -> tuple[torch.Tensor, torch.Tensor]:
+    return neuron.fine_threshold.clone(), neuron.initial_potential.clone()
+
+
+@contextmanager
+def _before_each_site(model, act) -> Iterator[None]:
+    """Call `act(name, neuron, inputs)` before each site runs."""
+    handles = [neuron.register_forward_pre_hook(partial(act, name)) for name, neuron in model.neurons()]
     try:
-        with tqdm(total=len(handles), desc="coarse search", unit="site", disable=not progress) as bar:
-            model(**inputs)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return found
+
+
+def _choose(targets, rows, pairs, per_neuron, weight, found, bar, name, neuron, args) -> None:
+    """Set the best pairs of a site, given what it is about to read."""
+    steps, target = _of_tokens(neuron, args[0], targets[name], rows)
+    tried = [_errors(neuron, steps, target, *pair) for pair in pairs]
+    errors, variances = (torch.stack(part) for part in zip(*tried, strict=True))
+    costs = errors + weight * variances
+    best = costs.mean(1).argmin()
+    if per_neuron:
+        best = (len(target) * costs + PRIOR_TOKENS * costs.mean(1, keepdim=True)).argmin(0)
+    set_pair(neuron, *pairs[best].unbind(-1))
+    error = errors[best] if best.dim() == 0 else errors.gather(0, best[None])
+    found[name] = {
+        "scale": pairs[best, 0].mean().item(),
+        "initial_potential": pairs[best, 1].mean().item(),
+        "error_before": _errors(neuron, steps, target, *pairs.new_tensor((1.0, 0.5)))[0].mean().item(),
+        "error": error.mean().item(),
+        "variance_weight": weight,
+    }
+    bar.update()
 
 
 def _of_tokens(neuron, hidden_states, target, rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,15 +159,15 @@ def _of_tokens(neuron, hidden_states, target, rows) -> tuple[torch.Tensor, torch
     return steps.flatten(1, 2)[:, rows], target.flatten(0, 1)[rows]
 
 
-def _errors(neuron, steps, target, scale, potential) -> torch.Tensor:
-    """Mean squared error of every neuron's time average, `(D,)`, for one pair."""
+def _errors(neuron, steps, target, scale, potential) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared error of every neuron's time average, and its variance over time, `(D,)` each, for one pair."""
     threshold = scale * neuron.threshold
     start = potential.expand_as(threshold)
-    if neuron.stepwise:
-        average = integrate_and_fire(steps, threshold, start, neuron.T).mean(0)
-    else:
-        average = spike_rate(steps[0], threshold, start, neuron.T)
-    return (average - target).square().mean(0)
+    if not neuron.stepwise:
+        error = (spike_rate(steps[0], threshold, start, neuron.T) - target).square().mean(0)
+        return error, torch.zeros_like(error)
+    average = integrate_and_fire(steps, threshold, start, neuron.T).mean(0)
+    return (average - target).square().mean(0), variance_over_time(average, threshold).mean(0)
 
 
 def start_calibration(model: Any, inputs: Mapping[str, torch.Tensor], coarse: str = "search") -> dict[str, Any]:
