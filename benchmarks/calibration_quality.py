@@ -59,12 +59,20 @@ def calibrate(model, task, variant, T, seed):
         rate = SETTINGS["published"]["lr_gpt2" if kind == "prose" else "lr_bert"]
         train(model, batches, rate, reduction="published", site_weight=1.0, output_weight=float(kind == "prose"))
         return {"length": length}
-    model.begin_calibration(T)
-    batch = task.calibration_batches(1, SETTINGS["rows"][kind], seed)[0]
-    sites = coarse_search(model, batch, per_neuron=variant != "coarse", progress=False)
+    searched, sites = search(task, T, seed, variant != "coarse")
+    model.begin_calibration(T).load_state_dict(searched)
     if variant == "fine":
         train(model, batches, **SETTINGS["fine"][kind])
     return {"sites": sites}
+
+
+@functools.lru_cache(maxsize=1)
+def search(task, T, seed, per_neuron):
+    """Weights after the coarse search, and what it found."""
+    model = copy.deepcopy(task.qcfs(seed)).begin_calibration(T)
+    batch = task.calibration_batches(1, SETTINGS["rows"]["prose" if task.name == "prose" else "glue"], seed)[0]
+    sites = coarse_search(model, batch, per_neuron=per_neuron, progress=False)
+    return model.state_dict(), sites
 
 
 @functools.cache
