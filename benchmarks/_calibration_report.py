@@ -95,6 +95,25 @@ def cost_table():
     return markdown_table(rows, digits=2)
 
 
+def lengths_table():
+    record = read_results(RESULTS / "calibration_lengths.json")
+    metrics, settings = record["metrics"], record["configuration"]
+    rows = [
+        {
+            "length": row["length"],
+            "QCFS": row["qcfs"],
+            "uncalibrated": row["uncalibrated"],
+            "calibrated": row["calibrated"],
+        }
+        for row in metrics["perplexity"]
+    ]
+    return (
+        f"Perplexity on prose at T = {settings['T']}, calibrated on windows of {settings['calibrate_at']} tokens:\n\n"
+        f"{markdown_table(rows, digits=2)}\n\nGreedy generation of {metrics['generated_tokens']} tokens with a cache "
+        f"and without: {metrics['differ_with_cache']} differ."
+    )
+
+
 def l_and_t():
     """Table of perplexities by L and T, and the plot beside it."""
     import matplotlib
@@ -137,7 +156,7 @@ def write(document, tables):
 
 
 def main():
-    write("calibration.md", {"quality": quality_tables(), "cost": cost_table()})
+    write("calibration.md", {"quality": quality_tables(), "lengths": lengths_table(), "cost": cost_table()})
     if (RESULTS / "choosing_L_and_T.json").exists():
         write("choosing-L-and-T.md", {"l-and-t": l_and_t()})
 
