@@ -2,8 +2,8 @@
 
     python -m training.demo [--output_dir outputs/demo] [any flag of training.convert]
 
-Fine-tunes once with GELU and once with QCFS, runs the latter as a spiking network, saves it, and loads it in a new
-process through the Auto classes alone. Another model or data set is a flag away: --model_name_or_path, --train_file
+Fine-tunes once with GELU and once with QCFS, runs the latter as a spiking network, calibrates it for T = 4, saves it,
+and loads it in a new process through the Auto classes alone. Another model or data set is a flag away: --model_name_or_path, --train_file
 and --validation_file, --dataset_name, --task_name.
 """
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train, test = movie_reviews(output_dir / "data")
         argv += ["--train_file", str(train), "--validation_file", str(test)]
     rows = convert.main(["demo", *argv])
-    columns = ["mode", "T", "schedule", "accuracy", "spike_rate"]
+    columns = ["step", "mode", "T", "schedule", "accuracy", "spike_rate"]
     folder = list(read_results(output_dir / convert.SUMMARY_FILE)["configuration"].values())[-1]["output_dir"]
     difference = reload(Path(folder))
     table = markdown_table(rows, columns if "accuracy" in rows[0] else None)
