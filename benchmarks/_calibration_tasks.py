@@ -55,9 +55,10 @@ def finetune(model, batches, lr, threshold_lr):
 class Glue:
     """A GLUE task on all-MiniLM-L6-v2: GELU fine-tuned once, one QCFS fine-tuning a seed from there."""
 
-    sizes = {"sst2": (12000, 4000, None), "cola": (5000, 3000, None), "stsb": (3000, 1500, 400)}
+    sizes = {"sst2": (12000, 4000, None), "cola": (8551, 4000, None), "stsb": (3000, 1500, 400)}
+    epochs = {"sst2": 1, "cola": 2, "stsb": 1}  # of GELU
     lengths = {"sst2": 56, "cola": 40, "stsb": 64}  # no validation sentence of SST-2 and CoLA is longer
-    rates = {"gelu": (5e-5, 0.0), "qcfs": (5e-5, 1e-2)}
+    rates = {"gelu": {"sst2": 5e-5, "cola": 2e-4, "stsb": 5e-5}, "qcfs": {"sst2": 5e-5, "cola": 1e-4, "stsb": 5e-5}}
 
     def __init__(self, name):
         self.name, self.regression = name, name == "stsb"
@@ -125,7 +126,7 @@ class Glue:
         return {
             "model": "all-MiniLM-L6-v2",
             "evaluation_rows": len(self.evaluation),
-            "gelu": f"one epoch on {self.gelu_rows} rows, the same for every seed",
+            "gelu": f"{self.epochs[self.name]} epoch(s) on {self.gelu_rows} rows, the same for every seed",
             "qcfs": f"one epoch on {self.qcfs_rows} rows from the GELU model; rows and order by seed",
         }
 
@@ -135,7 +136,9 @@ class Glue:
             set_seed(0)
             labels = 1 if self.regression else 2
             model = BertForSequenceClassification.from_pretrained(MINILM, num_labels=labels)
-            finetune(model, self.batches(self.rows("train", self.gelu_rows), seed=0), *self.rates["gelu"])
+            rows = self.rows("train", self.gelu_rows)
+            batches = [batch for epoch in range(self.epochs[self.name]) for batch in self.batches(rows, seed=epoch)]
+            finetune(model, batches, self.rates["gelu"][self.name], 0.0)
             _save(model, path)
         return BertForSequenceClassification.from_pretrained(path).eval()
 
@@ -146,7 +149,7 @@ class Glue:
             set_seed(seed)
             model = FASBertForSequenceClassification.from_pretrained(CACHE / self.name / "gelu", L=L)
             rows = self.rows("train", self.qcfs_rows, seed)
-            _save(finetune(model, self.batches(rows, seed=seed), *self.rates["qcfs"]), path)
+            _save(finetune(model, self.batches(rows, seed=seed), self.rates["qcfs"][self.name], 1e-2), path)
         return FASBertForSequenceClassification.from_pretrained(path).eval()
 
 
