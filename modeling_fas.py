@@ -4,6 +4,8 @@ This file travels to the Hub inside every checkpoint, next to `configuration_fas
 `B` batch, `S` sequence, `D` neurons. Source of the method: Chen et al. 2025 (arXiv 2502.04405).
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 from typing import Any
@@ -24,7 +26,7 @@ from transformers import (
 )
 from transformers.models.bert.modeling_bert import BertLayer, BertOutput, BertPredictionHeadTransform
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 
 try:
@@ -46,9 +48,11 @@ __all__ = [
     "spike_rate",
 ]
 
+logger = logging.get_logger(__name__)
+tl: Any = None  # triton.language, from the first use of a kernel on
+
 # A threshold below this counts as this much; keeps x / threshold finite in every dtype.
 MIN_THRESHOLD = 1e-4
-SURROGATE_WIDTH = 1.0
 # Neurons whose state a CPU core keeps in its cache while it runs their timesteps.
 BLOCK_SIZE = 1 << 17
 
@@ -139,17 +143,10 @@ class _IntegrateAndFire(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, threshold, initial_potential, T):
         ctx.save_for_backward(x, threshold, initial_potential)
-        ctx.T = T
         theta = _state(threshold).clamp(min=MIN_THRESHOLD)
         start = _state(initial_potential) * theta
         emitted = x.new_empty((T, *x.shape[1:]))
-        for _, x_, emitted_, theta_, start_ in _blocks(x[0], x, emitted, theta, start):
-            v = start_.expand(x_.shape[1:]).clone()
-            for t in range(T):
-                v += x_[min(t, len(x) - 1)]
-                spikes = v.clone().ge_(theta_).mul_(theta_)
-                v -= spikes
-                emitted_[t] = spikes
+        (_fire_by_kernel if _has_kernels(x) else _fire)(x, theta, start, emitted)
         return emitted
 
     @staticmethod
@@ -157,32 +154,160 @@ class _IntegrateAndFire(torch.autograd.Function):
         x, threshold, initial_potential = ctx.saved_tensors
         theta = _state(threshold).clamp(min=MIN_THRESHOLD)
         potential = _state(initial_potential)
-        start = potential * theta
-        grad_x = torch.zeros_like(x, dtype=theta.dtype)
-        grad_theta, grad_start = torch.zeros_like(theta), torch.zeros_like(start)
-        whole = x[0], x, grad, grad_x, theta, grad_theta, start, grad_start
-        for _, x_, grad_, grad_x_, theta_, grad_theta_, start_, grad_start_ in _blocks(*whole):
-            v = start_.expand(x_.shape[1:]).clone()
-            distances = []
-            for t in range(ctx.T):
-                v += x_[min(t, len(x) - 1)]
-                distances.append(v - theta_)
-                v -= v.clone().ge_(theta_).mul_(theta_)
-
-            grad_v, at_spikes = torch.zeros_like(v), torch.zeros_like(v)
-            for t in reversed(range(ctx.T)):
-                u = distances.pop()
-                surrogate = (SURROGATE_WIDTH - u.abs()).clamp_(min=0).div_(SURROGATE_WIDTH**2)
-                grad_emitted = grad_[t] - grad_v
-                at_spikes.addcmul_(grad_emitted, u.ge_(0))
-                grad_v.addcmul_(grad_emitted.mul_(theta_), surrogate)
-                grad_x_[min(t, len(x) - 1)] += grad_v
-            # Through v - theta the threshold gets minus what its steps added to grad_v: minus grad_v, in all.
-            grad_theta_ += at_spikes.sub_(grad_v).sum_to_size(theta_.shape)
-            grad_start_ += grad_v.sum_to_size(start_.shape)
+        differentiate = _differentiate_by_kernel if _has_kernels(x) else _differentiate
+        grad_x, grad_theta, grad_start = differentiate(x, theta, potential * theta, grad)
         grad_theta += (grad_start * potential).sum_to_size(theta.shape)
         grad_potential = (grad_start * theta).sum_to_size(potential.shape)
         return grad_x.to(x.dtype), grad_theta.to(threshold.dtype), grad_potential.to(initial_potential.dtype), None
+
+
+def _fire(x, theta, start, emitted) -> None:
+    """Write the T steps of integrate-and-fire from the membrane potential `start` to `emitted`, `(T, …)`."""
+    for _, x_, emitted_, theta_, start_ in _blocks(x[0], x, emitted, theta, start):
+        v = start_.expand(x_.shape[1:]).clone()
+        for t in range(len(emitted)):
+            v += x_[min(t, len(x) - 1)]
+            spikes = v.clone().ge_(theta_).mul_(theta_)
+            v -= spikes
+            emitted_[t] = spikes
+
+
+def _differentiate(x, theta, start, grad) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the input, the threshold and the first membrane potential for those of the output, `(T, …)`."""
+    grad_x = torch.zeros_like(x, dtype=theta.dtype)
+    grad_theta, grad_start = torch.zeros_like(theta), torch.zeros_like(start)
+    whole = x[0], x, grad, grad_x, theta, grad_theta, start, grad_start
+    for _, x_, grad_, grad_x_, theta_, grad_theta_, start_, grad_start_ in _blocks(*whole):
+        v = start_.expand(x_.shape[1:]).clone()
+        distances = []
+        for t in range(len(grad)):
+            v += x_[min(t, len(x) - 1)]
+            distances.append(v - theta_)
+            v -= v.clone().ge_(theta_).mul_(theta_)
+
+        grad_v, at_spikes = torch.zeros_like(v), torch.zeros_like(v)
+        for t in reversed(range(len(grad))):
+            u = distances.pop()
+            surrogate = (1 - u.abs()).clamp_(min=0)
+            grad_emitted = grad_[t] - grad_v
+            at_spikes.addcmul_(grad_emitted, u.ge_(0))
+            grad_v.addcmul_(grad_emitted.mul_(theta_), surrogate)
+            grad_x_[min(t, len(x) - 1)] += grad_v
+        # Through v - theta the threshold gets minus what its steps added to grad_v: minus grad_v, in all.
+        grad_theta_ += at_spikes.sub_(grad_v).sum_to_size(theta_.shape)
+        grad_start_ += grad_v.sum_to_size(start_.shape)
+    return grad_x, grad_theta, grad_start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same by Triton, which comes with PyTorch for CUDA and is never required
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _fire_kernel(x, theta, start, emitted, size, columns, x_step, T, BLOCK: tl.constexpr):
+    """As `_fire`; a program runs all T steps of `BLOCK` of the `columns` neurons that have thresholds of their own."""
+    blocks = (columns + BLOCK - 1) // BLOCK
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = (tl.program_id(0) // blocks).to(tl.int64) * columns + column
+    inside = column < columns
+    threshold = tl.load(theta + column, mask=inside)
+    v = tl.load(start + column, mask=inside)
+    for _ in range(T):
+        v = (v + tl.load(x + at, mask=inside)).to(threshold.dtype)
+        spikes = tl.where(v >= threshold, threshold, 0.0)
+        v -= spikes
+        tl.store(emitted + at, spikes, mask=inside)
+        x += x_step
+        emitted += size
+
+
+def _differentiate_kernel(
+    x, theta, start, grad, grad_x, grad_theta, grad_start, size, columns, x_step, T, BLOCK: tl.constexpr
+):
+    """As `_differentiate`; `grad_x` holds the distances to the threshold until the way back fills it."""
+    blocks = (columns + BLOCK - 1) // BLOCK
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = (tl.program_id(0) // blocks).to(tl.int64) * columns + column
+    inside = column < columns
+    threshold = tl.load(theta + column, mask=inside)
+    v = tl.load(start + column, mask=inside)
+    for _ in range(T):
+        v = (v + tl.load(x + at, mask=inside)).to(threshold.dtype)
+        tl.store(grad_x + at, v - threshold, mask=inside)
+        v -= tl.where(v >= threshold, threshold, 0.0)
+        x += x_step
+        grad += size
+        grad_x += size
+    tl.debug_barrier()  # a thread may read back what another one of its program wrote
+    grad_v, at_spikes = threshold * 0.0, threshold * 0.0
+    for _ in range(T):
+        grad -= size
+        grad_x -= size
+        u = tl.load(grad_x + at, mask=inside)
+        surrogate = tl.where(tl.abs(u) > 1.0, 0.0, 1.0 - tl.abs(u))
+        grad_emitted = (tl.load(grad + at, mask=inside) - grad_v).to(threshold.dtype)
+        at_spikes += tl.where(u >= 0.0, grad_emitted, 0.0)
+        grad_v += grad_emitted * threshold * surrogate
+        tl.store(grad_x + at, grad_v, mask=inside)
+    tl.store(grad_theta + at, at_spikes - grad_v, mask=inside)
+    tl.store(grad_start + at, grad_v, mask=inside)
+
+
+def _has_kernels(x: torch.Tensor) -> bool:
+    """Whether Triton runs the neuron: on CUDA, outside `torch.compile`, which fuses the plain loop by itself."""
+    return x.is_cuda and not torch.compiler.is_compiling() and x.numel() > 0 and bool(_kernels(x.device, x.dtype))
+
+
+@functools.cache
+def _kernels(device: torch.device, dtype: torch.dtype) -> tuple:
+    """The two kernels; none where Triton is missing or does not run."""
+    global tl
+    try:
+        import triton
+        from triton import language as tl
+    except ImportError:
+        return ()
+    kernels = triton.jit(_fire_kernel), triton.jit(_differentiate_kernel)
+    theta, x = torch.ones(1, device=device), torch.ones(1, device=device, dtype=dtype)
+    try:
+        with torch.cuda.device_of(x):
+            kernels[0][1,](x, theta, theta, x.clone(), 1, 1, 0, 1, BLOCK=1)
+    except Exception:
+        # An old GPU, no C compiler, no place for a cache: the plain loop needs none of them.
+        logger.warning("Triton is installed but does not run: the neurons do without, slower.", exc_info=True)
+        return ()
+    return kernels
+
+
+def _launch(kernel: int, T: int, x, theta, start, *tensors) -> None:
+    """Run a kernel on all rows of neurons, between which thresholds do not differ."""
+    theta, start = theta.expand(x.shape[1:]), start.expand(x.shape[1:])
+    while theta.dim() > 1 and theta.stride(0) == start.stride(0) == 0:
+        theta, start = theta[0], start[0]
+    size, columns = x[0].numel(), theta.numel()
+    block = min(1024, 1 << (columns - 1).bit_length())
+    grid = (size // columns * -(-columns // block),)
+    tensors = tuple(each.contiguous() for each in (x, theta, start, *tensors))
+    with torch.cuda.device_of(x):
+        _kernels(x.device, x.dtype)[kernel][grid](*tensors, size, columns, size * (len(x) > 1), T, BLOCK=block)
+
+
+def _fire_by_kernel(x, theta, start, emitted) -> None:
+    _launch(0, len(emitted), x, theta, start, emitted)
+
+
+def _differentiate_by_kernel(x, theta, start, grad) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_x = theta.new_empty(grad.shape)
+    grad_theta, grad_start = theta.new_empty((2, *x.shape[1:]))
+    _launch(1, len(grad), x, theta, start, grad, grad_x, grad_theta, grad_start)
+    if len(x) == 1:
+        grad_x = grad_x.sum(0, keepdim=True)
+    return grad_x, grad_theta.sum_to_size(theta.shape), grad_start.sum_to_size(start.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions and module
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def qcfs(x: torch.Tensor, threshold: torch.Tensor, L: int) -> torch.Tensor:

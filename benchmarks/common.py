@@ -90,6 +90,7 @@ def ratio(times: Mapping, name: str | int, base: str | int) -> float:
 def peak_bytes(function: Callable[[], object], device: str) -> int:
     """Most bytes of tensors alive at once that the call allocated, the loaded model not counted."""
     if device != "cpu":
+        function()  # what a first call leaves behind, workspaces and compiled kernels, is not the measure
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -110,6 +111,11 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
+def results_name(name: str, args: argparse.Namespace) -> str:
+    """Name of a result without its ending: that of a GPU stands beside that of a CPU."""
+    return name if args.device == "cpu" else f"{name}_{args.device}_{args.dtype}"
+
+
 def report(name: str, rows: list[dict], args: argparse.Namespace, **more) -> None:
     """Print one line per measure and write them all as `<name>.json`; a row holds measure, target and got."""
     for row in rows:
@@ -117,6 +123,5 @@ def report(name: str, rows: list[dict], args: argparse.Namespace, **more) -> Non
         print(f"{row['measure']}: {row['got']:.3f}{target}")
     configuration = {key: value for key, value in vars(args).items() if key != "output"}
     clock = "process CPU time" if args.device == "cpu" else "wall"
-    suffix = "" if args.device == "cpu" else f"_{args.device}_{args.dtype}"
-    path = args.output / f"{name}{suffix}.json"
+    path = args.output / f"{results_name(name, args)}.json"
     write_results(path, metrics=rows, configuration=configuration | {"clock": clock}, **more)

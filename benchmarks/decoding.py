@@ -1,4 +1,4 @@
-"""Greedy decoding of 128 tokens after 128 with the stock cache, batch 1, one token of every model in turn."""
+"""Greedy decoding of 128 tokens after 128 with the stock cache, one token of every model in turn."""
 
 import statistics
 
@@ -28,7 +28,8 @@ class Decoder:
 @torch.inference_mode()
 def main() -> None:
     args = arguments(__doc__, rounds=1)
-    ids = token_ids(args.batch[0], PROMPT, args)
+    batch = args.batch[0]
+    ids = token_ids(batch, PROMPT, args)
     models = {
         "stock": stock("gpt2", args),
         "stepwise": fas("gpt2", args, T=T, schedule="stepwise"),
@@ -45,7 +46,7 @@ def main() -> None:
     pairs = (("stepwise", "stock", 1.6), ("stepwise", "stepwise, no cache", 0.1), ("layerwise", "stock", 1.10))
     rows = [
         {
-            "measure": f"GPT-2 small, decoding, T = {T}, per token: {name} over {base}",
+            "measure": f"GPT-2 small, batch {batch}, decoding, T = {T}, per token: {name} over {base}",
             "target": target,
             "got": median[name] / median[base],
         }

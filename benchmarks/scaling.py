@@ -3,7 +3,7 @@
 import matplotlib
 import torch
 
-from benchmarks.common import arguments, fas, interleave, ratio, report, stock, token_ids
+from benchmarks.common import arguments, fas, interleave, ratio, report, results_name, stock, token_ids
 
 
 STEPS, LENGTHS = (1, 2, 4, 8, 16), (32, 64, 128, 256, 512)
@@ -52,7 +52,7 @@ def main() -> None:
         for label, got in zip(labels, over_T + over_length, strict=True)
     ]
     report("scaling", rows, args, samples=times)
-    plot(over_T, over_length, args.output / "scaling.png")
+    plot(over_T, over_length, args.output / f"{results_name('scaling', args)}.png")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class NaiveNeuron(nn.Module):
 
 def network(kind: str, spiking, T: int) -> nn.Module:
     """The stock model with the weights of a spiking one, which it shares, and naive neurons."""
-    stock = STOCK[kind](spiking.config).eval().to(spiking.dtype)
+    stock = STOCK[kind](spiking.config).eval().to(spiking.device, spiking.dtype)
     for name, parameter in spiking.named_parameters():
         if not name.endswith(("threshold", "initial_potential")):
             module, _, leaf = name.rpartition(".")

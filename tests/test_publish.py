@@ -131,6 +131,8 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path):
         "getattr((), '__subclasses__')",
         "from transformers.dynamic_module_utils import get_class_from_dynamic_module",
         "from torch import *",
+        "from triton.runtime import cache",
+        "import triton\ntriton.tools.disasm",
         "def half(",
     ],
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 
-PACKAGES = ("fas-snn", "torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "scipy")
+PACKAGES = ("fas-snn", "torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "scipy", "triton")
 
 
 def write_results(

@@ -19,9 +19,10 @@ from training import clean_load
 
 CODE_FILES = ("configuration_fas.py", "modeling_fas.py")
 SIBLINGS = {name.removesuffix(".py") for name in CODE_FILES}
+# Triton compiles the neuron for a GPU: it comes with PyTorch for CUDA, is tried for, and never required.
 ALLOWED_IMPORTS = {
     "__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "difflib", "enum", "functools",
-    "inspect", "itertools", "math", "numbers", "operator", "torch", "transformers", "typing", "warnings",
+    "inspect", "itertools", "math", "numbers", "operator", "torch", "transformers", "triton", "typing", "warnings",
 }  # fmt: skip
 FORBIDDEN_NAMES = {
     "__builtins__", "__import__", "breakpoint", "compile", "delattr", "eval", "exec", "globals", "input", "locals",
@@ -32,7 +33,8 @@ FORBIDDEN_PATHS = (
     "torch.classes", "torch.distributed", "torch.hub", "torch.jit", "torch.load", "torch.multiprocessing",
     "torch.ops.load_library", "torch.package", "torch.save", "torch.serialization", "torch.utils.cpp_extension",
     "torch.utils.model_zoo", "transformers.dynamic_module_utils", "transformers.utils.hub",
-    "transformers.utils.import_utils",
+    "transformers.utils.import_utils", "triton.backends", "triton.compiler", "triton.experimental", "triton.knobs",
+    "triton.runtime", "triton.tools",
 )  # fmt: skip
 # Modules that allowed ones happen to hold, and the interpreter's own doors.
 FORBIDDEN_ATTRIBUTES = {
@@ -79,8 +81,8 @@ def check_code(path: Path) -> None:
         raise VerificationError(f"`{path.name}` must be readable Python, got {error}.") from error
     for line, what in _findings(tree):
         raise VerificationError(
-            f"`{path.name}`, line {line}: model code may import only torch, transformers, its sibling and plain "
-            f"parts of the standard library, and touch no file, network or interpreter internals; got `{what}`."
+            f"`{path.name}`, line {line}: model code may import only torch, transformers, triton, its sibling and "
+            f"plain parts of the standard library, and touch no file, network or interpreter internals; got `{what}`."
         )
 
 
