@@ -190,6 +190,31 @@ def test_half_precision_weights_run(kind, T, schedule, dtype):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("T, schedule", [(0, "stepwise"), (8, "stepwise"), (8, "layerwise")])
+@pytest.mark.parametrize("granularity", [None, "neuron"])
+@torch.no_grad()
+def test_neurons_of_a_bfloat16_model_count_as_in_float32(kind, T, schedule, granularity):
+    model = tiny.model(kind, T=T, schedule=schedule)
+    if granularity:
+        model.begin_calibration(8, granularity)
+        for _, neuron in model.neurons():
+            torch.nn.init.uniform_(neuron.fine_threshold, 0.4, 1.2)
+            torch.nn.init.uniform_(neuron.initial_potential, 0.1, 0.9)
+    compared = []
+
+    def compare(neuron, arguments, output):
+        exact = copy.deepcopy(neuron).float().forward(arguments[0].float())
+        compared.append(torch.equal(output, exact.bfloat16()))  # a threshold of the model rounds to itself
+        assert output.dtype == torch.bfloat16 and 0.01 < output.ne(0).float().mean() < 0.99
+
+    model.bfloat16()
+    for _, neuron in model.neurons():
+        neuron.register_forward_hook(compare)
+    model(**tiny.batch(kind))
+    assert compared == [True] * len(model.neurons())
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("sizes", [{"n_layer": 1}, {"n_layer": 13}, {"n_embd": 20, "n_inner": 7, "n_head": 2}])
 @torch.no_grad()
 def test_any_number_of_layers_and_any_width(kind, sizes):

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 
-PACKAGES = ("fas-snn", "torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "scipy", "triton")
+PACKAGES = (
+    "fas-snn", "torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "scipy", "triton",
+)  # fmt: skip
 
 
 def write_results(
