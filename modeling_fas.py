@@ -268,13 +268,20 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> tuple:
     except ImportError:
         return ()
     kernels = triton.jit(_fire_kernel), triton.jit(_differentiate_kernel)
-    theta, x = torch.ones(1, device=device), torch.ones(1, device=device, dtype=dtype)
+    x = torch.linspace(-1, 2, 64, device=device, dtype=dtype)[None]
+    theta = torch.ones(64, device=device, dtype=_state(x).dtype)
+    emitted, expected = x.new_empty((2, 4, 64))
+    _fire(x, theta, theta / 2, expected)
     try:
         with torch.cuda.device_of(x):
-            kernels[0][1,](x, theta, theta, x.clone(), 1, 1, 0, 1, BLOCK=1)
+            kernels[0][1,](x, theta, theta / 2, emitted, 64, 64, 0, 4, BLOCK=64)
+        agree = torch.equal(emitted, expected)
     except Exception:
         # An old GPU, no C compiler, no place for a cache: the plain loop needs none of them.
         logger.warning("Triton is installed but does not run: the neurons do without, slower.", exc_info=True)
+        return ()
+    if not agree:
+        logger.warning("Triton's spikes are not those of the plain loop on this GPU: the neurons do without, slower.")
         return ()
     return kernels
 

@@ -190,6 +190,17 @@ def test_triton_that_does_not_run_is_not_needed(triton, monkeypatch, caplog):
     assert "Triton is installed but does not run" in caplog.text
 
 
+def test_kernels_with_other_spikes_are_not_taken(triton, monkeypatch, caplog):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(modeling_fas.logger, "propagate", True)
+    modeling_fas._kernels.cache_clear()
+    assert len(modeling_fas._kernels(torch.device("cpu"), torch.float32)) == 2
+    monkeypatch.setattr(modeling_fas, "_fire", lambda x, theta, start, emitted: emitted.fill_(1.0))
+    modeling_fas._kernels.cache_clear()
+    assert modeling_fas._kernels(torch.device("cpu"), torch.float32) == ()
+    assert "not those of the plain loop" in caplog.text
+
+
 def test_triton_is_not_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)  # `import triton` raises ImportError
     modeling_fas._kernels.cache_clear()
