@@ -18,7 +18,8 @@ tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-HUB_FILES = {"configuration_fas.py": {"transformers"}, "modeling_fas.py": {"transformers", "torch"}}
+# Triton comes with PyTorch for CUDA and is asked for on first use only: tests/test_triton.py runs without it.
+HUB_FILES = {"configuration_fas.py": {"transformers"}, "modeling_fas.py": {"transformers", "torch", "triton"}}
 PRODUCT = sorted(ROOT / name for name in HUB_FILES) + sorted((ROOT / "training").rglob("*.py"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
@@ -69,6 +70,19 @@ def test_hub_files_import_only_what_a_checkpoint_may_rely_on(name):
     allowed = HUB_FILES[name] | siblings | {f".{sibling}" for sibling in siblings} | sys.stdlib_module_names
     modules = imported_modules(ast.parse((ROOT / name).read_text()))
     assert {module for module in modules if module not in allowed and module.split(".")[0] not in allowed} == set()
+
+
+def test_triton_is_imported_inside_one_function_only():
+    tree = ast.parse((ROOT / "modeling_fas.py").read_text())
+    importing = [
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and any("triton" in name for name in imported_modules(node))
+    ]
+    top = {
+        name for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) for name in imported_modules(node)
+    }
+    assert importing == ["_kernels"] and "triton" not in top
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=relative)
