@@ -32,8 +32,9 @@ METRICS = {
 }
 
 
-def spread(values):
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "") if values else "–"
+def spread(values, digits=2):
+    text = f"{mean(values):.{digits}f}" if values else "–"
+    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def quality_tables():
@@ -51,17 +52,17 @@ def quality_tables():
                     cell["ends", row["variant"], row["T"]].append((row[metric] - ends[0], ends[1] - ends[0]))
     text = []
     for task, metric in sorted(found, key=lambda key: (key[0], list(METRICS).index(key[1]))):
-        cell = found[task, metric]
+        cell, digits = found[task, metric], 3 if metric == "divergence_from_qcfs" else 2
         rows = []
         for variant, label in LABELS.items():
             if not any(cell[variant, T] for T in (None, 1, 2, 4, 8)):
                 continue
             row = {"": label}
             if variant in ("gelu", "qcfs"):
-                row |= {"ANN": spread(cell[variant, None])}
+                row |= {"ANN": spread(cell[variant, None], digits)}
             else:
                 for T in (1, 2, 4, 8):
-                    row[f"T = {T}"] = spread(cell[variant, T])
+                    row[f"T = {T}"] = spread(cell[variant, T], digits)
                     ends = cell["ends", variant, T]
                     gap = sum(end[1] for end in ends)
                     if variant != "uncalibrated" and (gap < 0 if metric.endswith("perplexity") else gap > 0):
