@@ -2,21 +2,37 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from checkpoints import tiny_checkpoint, tiny_results
-from training.cards import TEMPLATE, CardOptions, build_card, inherited_options, lineage
-from training.results import write_json, write_results
+from checkpoints import MODELS, tiny_checkpoint, tiny_results
+from training.cards import (
+    TEMPLATE,
+    CardOptions,
+    Record,
+    build_card,
+    inherited_options,
+    lineage,
+    main,
+    read_sources,
+    rewrite_card,
+)
+from training.results import fingerprint, write_json, write_results
 
 
+COMMITTED = sorted(path for path in TEMPLATE.parent.glob("*.md") if path != TEMPLATE)
 NUMBER = re.compile(r"(?<![\w.])\d[\d.,e+-]*\d|\d")
 
 
-def report(folder: Path) -> None:
+def make_card(folder: Path, repo_id: str, options: CardOptions, **more) -> ModelCard:
+    return build_card(read_sources(folder), repo_id, options, **more)
+
+
+def report(folder: Path, weights: str | None = None) -> None:
     """A report as `training.evaluate` writes it."""
     rows = [{"model": "stock", "schedule": None, "T": 0, "quality": {"accuracy": 0.8571, "examples": 872}}]
     rows += [
@@ -30,6 +46,7 @@ def report(folder: Path) -> None:
         ]
     ]
     configuration = {"checkpoint": str(folder), "data": {"dataset": "x"}, "mac_pj": 4.6, "ac_pj": 0.9}
+    configuration["weights_sha256"] = weights
     write_results(folder / "report" / "results.json", metrics={"rows": rows}, configuration=configuration)
 
 
@@ -75,34 +92,35 @@ def forms(value) -> set[str]:
     return set(NUMBER.findall(str(value)))
 
 
-def unexplained(card: ModelCard, folder: Path) -> list[str]:
+def unexplained(card: ModelCard, *sources: Path) -> list[str]:
     """Numbers of a card that are in no results file or configuration, nor in the template."""
-    files = [folder / "config.json", *folder.rglob("*.json")]
-    known = {form for path in files for leaf in leaves(json.loads(path.read_text())) for form in forms(leaf)}
+    documents = [json.loads(path.read_text()) for path in sources]
+    known = {form for document in documents for leaf in leaves(document) for form in forms(leaf)}
     known |= set(NUMBER.findall(TEMPLATE.read_text()))
-    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-    known.add(str(layers + 1))  # sites: one for each layer, and the pooler
+    configs = [document.get("sources", {}).get("config", document) for document in documents]
+    # Sites: one for each layer, and the pooler.
+    known |= {str(config["num_hidden_layers"] + 1) for config in configs if "num_hidden_layers" in config}
     return [
         number for number in NUMBER.findall(card.content) if number not in known and number.rstrip(".") not in known
     ]
 
 
 def test_every_number_comes_from_a_file(folder):
-    card = build_card(folder, "tester/tiny", CardOptions(license="mit", language=["en"]))
-    assert unexplained(card, folder) == []
+    card = make_card(folder, "tester/tiny", CardOptions(license="mit", language=["en"]))
+    assert unexplained(card, *folder.rglob("*.json")) == []
     assert len(NUMBER.findall(card.content)) > 100
 
 
-def test_a_typed_number_would_be_found(folder, monkeypatch, tmp_path):
-    card = build_card(folder, "tester/tiny", CardOptions())
+def test_a_typed_number_would_be_found(folder):
+    card = make_card(folder, "tester/tiny", CardOptions())
     card.content += "\nIt reaches 91.3 % at T = 4.\n"
-    assert unexplained(card, folder) == ["91.3"]
+    assert unexplained(card, *folder.rglob("*.json")) == ["91.3"]
 
 
 def test_metadata_survives_the_validation_of_the_client(folder):
     """What the client itself checks: it parses, and its model index turns into the same evaluation results."""
     options = CardOptions(license="apache-2.0", language=["en"], base_model="someone/base")
-    card = build_card(folder, "tester/tiny", options)
+    card = make_card(folder, "tester/tiny", options)
     card.save(folder / "README.md")
     data = ModelCard.load(folder / "README.md", ignore_metadata_errors=False).data
     assert data.to_dict() == card.data.to_dict()
@@ -122,7 +140,7 @@ def test_metadata_survives_the_validation_of_the_client(folder):
 
 def test_one_result_for_each_metric_T_and_schedule(tmp_path):
     tiny_checkpoint(tmp_path, "classifier")
-    found = build_card(tmp_path, "tester/tiny", CardOptions()).data.eval_results
+    found = make_card(tmp_path, "tester/tiny", CardOptions()).data.eval_results
     told = [(r.metric_type, r.metric_args["T"], r.metric_args.get("schedule"), r.metric_value) for r in found]
     rows = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
     assert told == [("accuracy", row["T"], row["schedule"], row["accuracy"]) for row in rows]
@@ -130,9 +148,9 @@ def test_one_result_for_each_metric_T_and_schedule(tmp_path):
 
 def test_the_report_comes_first_and_brings_energy(tmp_path):
     tiny_checkpoint(tmp_path, "classifier")
-    assert "energy ratio" not in build_card(tmp_path, "tester/tiny", CardOptions()).content
+    assert "energy ratio" not in make_card(tmp_path, "tester/tiny", CardOptions()).content
     report(tmp_path)
-    content = build_card(tmp_path, "tester/tiny", CardOptions()).content
+    content = make_card(tmp_path, "tester/tiny", CardOptions()).content
     assert "| spiking | 4 | stepwise | 0.8377 | 0.9177 |" in content
     assert "| spiking | 4 | stepwise | 0.0271 | 3.9320 |" in content
     assert "| stock model | 0 | – | 0.8571 | – |" in content
@@ -142,7 +160,7 @@ def test_the_report_comes_first_and_brings_energy(tmp_path):
 def test_calibration_is_told_site_by_site(tmp_path):
     tiny_checkpoint(tmp_path, "classifier")
     calibration_record(tmp_path)
-    content = build_card(tmp_path, "tester/tiny", CardOptions()).content
+    content = make_card(tmp_path, "tester/tiny", CardOptions()).content
     assert "| `bert.pooler.activation` | 0.09351 | 0.05919 | 0.03513 | 0.95110 | 0.46230 |" in content
 
 
@@ -157,15 +175,16 @@ def test_the_stages_are_followed_to_the_base_model(tmp_path):
     assert [path for path, _ in lineage(second)] == [second, first]
     options = inherited_options(second, CardOptions())
     assert options == CardOptions(license="bsd-3-clause", language=["de"], base_model=None)
-    card = build_card(second, "tester/tiny", options)
+    card = make_card(second, "tester/tiny", options)
     assert card.data.base_model is None and str(tmp_path) not in card.content
+    assert card.content.count("\n| calibrate | GLUE sst2 |") == 2
     own = CardOptions(license="mit", base_model="someone/base")
     assert inherited_options(second, own) == CardOptions(license="mit", language=["de"], base_model="someone/base")
 
 
 def test_a_folder_without_results_says_so(tmp_path):
     tiny_checkpoint(tmp_path, "gpt2", results=False, calibrated=False)
-    card = build_card(tmp_path, "tester/tiny", CardOptions())
+    card = make_card(tmp_path, "tester/tiny", CardOptions())
     for text in ("No results file", "Not measured", "Not calibrated", "No training record"):
         assert text in card.content
     assert card.data.eval_results is None
@@ -173,8 +192,102 @@ def test_a_folder_without_results_says_so(tmp_path):
 
 def test_the_snippet_is_python_and_names_the_commit(tmp_path):
     tiny_checkpoint(tmp_path, "gpt2")
-    content = build_card(tmp_path, "tester/tiny", CardOptions(), pinned="a" * 40).content
+    content = make_card(tmp_path, "tester/tiny", CardOptions(), pinned="a" * 40).content
     snippet = re.search(r"```python\n(.*?)```", content, re.DOTALL)[1]
     compile(snippet, "snippet", "exec")
     assert len(snippet.strip().splitlines()) == 3 and snippet.count(f'revision="{"a" * 40}"') == 2
     assert "AutoModelForCausalLM" in snippet
+
+
+# Cards on files: beside each stands what it was made from
+
+
+def test_the_command_writes_what_the_card_can_be_made_from_again(folder, tmp_path):
+    report(folder, fingerprint(MODELS["classifier"].from_pretrained(folder)))
+    flags = ["--license", "mit", "--language", "en", "de", "--base-model", "someone/base"]
+    assert main([str(folder), "tester/tiny", str(tmp_path / "tiny.md"), *flags]) == 0
+    shutil.rmtree(folder)
+    moved = shutil.copy(tmp_path / "tiny.json", tmp_path / "moved.json")
+    assert main([str(moved)]) == 0
+    assert (tmp_path / "moved.md").read_bytes() == (tmp_path / "tiny.md").read_bytes()
+    assert "site" in (tmp_path / "tiny.md").read_text() and "4.6 pJ" in (tmp_path / "tiny.md").read_text()
+
+
+def test_a_card_of_a_report_of_other_weights_is_refused(tmp_path, capsys):
+    report(tmp_path / "made", fingerprint(tiny_checkpoint(tmp_path / "made", "classifier")))
+    arguments = [str(tmp_path / "made"), "tester/tiny", str(tmp_path / "tiny.md")]
+    assert main(arguments) == 0
+    (tmp_path / "tiny.md").unlink(), (tmp_path / "tiny.json").unlink()
+    for change in ("other weights", "no fingerprint"):
+        if change == "other weights":
+            tiny_checkpoint(tmp_path / "made", "classifier", seed=1)
+        else:
+            report(tmp_path / "made")
+        with pytest.raises(SystemExit):
+            main(arguments)
+        said = capsys.readouterr().err
+        assert "`report/results.json` must be measured on the weights in" in said and "training.evaluate" in said
+        assert ("weights it does not name" in said) == (change == "no fingerprint")
+        assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("arguments", [["x"], ["x", "a/b"], ["x", "a/b", "card.json"]])
+def test_a_card_needs_a_name_of_its_own(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "`card` must be a file NAME.md to write" in capsys.readouterr().err
+
+
+@pytest.fixture(params=COMMITTED, ids=lambda path: path.stem)
+def committed(request, tmp_path, monkeypatch):
+    """A committed card, and a copy of the file beside it in a folder where nothing else is."""
+    monkeypatch.chdir(tmp_path)
+    return request.param, Path(shutil.copy(request.param.with_suffix(".json"), tmp_path))
+
+
+def test_a_committed_card_is_what_the_file_beside_it_makes(committed):
+    card, source = committed
+    rewrite_card(source)
+    assert source.with_suffix(".md").read_bytes() == card.read_bytes()
+
+
+def test_every_number_of_a_committed_card_stands_in_the_file_beside_it(committed):
+    path, source = committed
+    card = ModelCard.load(path)
+    assert unexplained(card, source) == []
+    rows = measured_by(json.loads(source.read_text())).rows
+    measured = {(row["T"], row["schedule"], row.get("split", "validation")): row for row in rows}
+    for each in card.data.eval_results:
+        row = measured.pop((each.metric_args["T"], each.metric_args.get("schedule"), each.dataset_split))
+        assert each.metric_value == row[each.metric_type]
+    assert all(row["mode"] == "stock model" for row in measured.values())
+
+
+def test_a_committed_card_shows_every_figure_of_quality_and_cost(committed):
+    """Another figure in the file makes another card: none of those that are shown stands there for nothing."""
+    card, source = committed
+    original = source.read_text()
+    changed = 0
+    for index, row in enumerate(measured_by(json.loads(original)).rows):
+        for name in ("accuracy", "perplexity", "spike_rate", "energy_ratio"):
+            if row.get(name) is None:
+                continue
+            content = json.loads(original)
+            metrics = measured_by(content).content["metrics"]
+            change = (metrics["rows"] if isinstance(metrics, dict) else metrics)[index]
+            if name == "energy_ratio":
+                change["energy"]["ratio"] += 0.011
+            elif name in change:
+                change[name] += 0.011
+            else:
+                change["quality"][name] += 0.011
+            source.write_text(json.dumps(content))
+            rewrite_card(source)
+            assert source.with_suffix(".md").read_bytes() != card.read_bytes(), (row, name)
+            changed += 1
+    assert changed > 10
+
+
+def measured_by(content) -> Record:
+    """The record of a file beside a card that its tables come from."""
+    return next(record for each in content["sources"]["records"] if (record := Record(**each)).rows)

@@ -12,10 +12,12 @@ from huggingface_hub import HfApi, ModelCard
 
 from checkpoints import tiny_checkpoint
 from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, local_client, running_hub
+from modeling_fas import FASBertForSequenceClassification
 from training import publish as publishing
 from training import verification
-from training.cards import CardOptions, write_card
+from training.cards import CardOptions, build_card, read_sources
 from training.publish import PublishError, portable_tokenizer_settings, publish, stage, upload
+from training.results import fingerprint, write_results
 from training.verification import VerificationError, check_code, check_files, is_plain_name
 
 
@@ -39,7 +41,7 @@ def folder(checkpoint, tmp_path):
 def staged(checkpoint, tmp_path):
     """What is uploaded of the checkpoint."""
     stage(checkpoint, tmp_path / "staged")
-    write_card(checkpoint, REPO, CardOptions(license="mit"), tmp_path / "staged" / "README.md")
+    build_card(read_sources(checkpoint), REPO, CardOptions(license="mit")).save(tmp_path / "staged" / "README.md")
     return tmp_path / "staged"
 
 
@@ -51,7 +53,7 @@ def hub(monkeypatch):
 
 def push(hub, staged, repo_id=REPO, token=WRITE_TOKEN, revision="main"):
     api = HfApi(endpoint=hub.url, token=token)
-    return upload(staged, staged, repo_id, None, revision, CardOptions(license="mit"), "Publish", api)
+    return upload(read_sources(staged), staged, repo_id, None, revision, CardOptions(license="mit"), "Publish", api)
 
 
 # What is staged
@@ -192,7 +194,6 @@ def test_file_checks_pass_an_intact_folder(staged):
 
 def test_weights_other_than_the_model_in_memory_are_refused(folder, monkeypatch):
     """The comparison itself; that the other process gives these logits is tested end to end."""
-    from modeling_fas import FASBertForSequenceClassification
     from training import clean_load
 
     model = FASBertForSequenceClassification.from_pretrained(folder)
@@ -229,6 +230,22 @@ def test_without_a_token_it_says_how_to_get_one(folder, monkeypatch):
     monkeypatch.setattr(publishing, "get_token", lambda: None)
     with pytest.raises(PublishError, match="hf auth login"):
         publish(folder, REPO)
+
+
+def test_a_report_of_other_weights_is_refused_before_anything_is_uploaded(folder, monkeypatch):
+    """Of the weights in the folder, it travels along; the slow part, the other process, is left out."""
+    monkeypatch.setattr(verification, "check_clean_load", lambda *args, **kwargs: None)
+    monkeypatch.setattr(publishing, "upload", lambda sources, staged, *args: sorted(staged.rglob("results.json")))
+    weights = fingerprint(FASBertForSequenceClassification.from_pretrained(folder))
+    configuration = {"weights_sha256": weights, "data": {}}
+    write_results(folder / "report" / "results.json", metrics={"rows": []}, configuration=configuration)
+    assert len(publish(folder, REPO, api=HfApi(token=WRITE_TOKEN))) == 1
+    monkeypatch.setattr(publishing, "upload", lambda *args: pytest.fail("uploaded"))
+    tiny_checkpoint(folder, "classifier", seed=1)
+    with pytest.raises(
+        VerificationError, match=f"must be measured on the weights in.*got a report of {weights}.*Measure"
+    ):
+        publish(folder, REPO, api=HfApi(token=WRITE_TOKEN))
 
 
 # What is uploaded

@@ -1,6 +1,7 @@
 """The model card of a checkpoint, written from its results files and its configuration, never by hand.
 
-`python -m training.cards FOLDER REPO_ID CARD.md` writes one without publishing anything.
+`python -m training.cards FOLDER REPO_ID CARD.md` writes one without publishing anything, and beside it `CARD.json`:
+the files it was made from, whole. `python -m training.cards CARD.json` makes the same card from that file alone.
 """
 
 import argparse
@@ -9,14 +10,15 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from training.clean_load import auto_class_name
-from training.results import markdown_table, read_results
+from training.results import markdown_table, read_results, write_json
+from training.verification import REPORT, VerificationError, check_report
 
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
@@ -26,8 +28,6 @@ PIPELINES = {
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
 }
-# Where a report of `training.evaluate` belongs, inside the checkpoint folder.
-REPORT = "report/results.json"
 # Columns of a row of results that are no measure of quality.
 NO_METRIC = {"mode", "T", "schedule", "split", "loss", "examples", "seconds", "epoch", "num_input_tokens_seen"}
 COST = ("spike_rate", "energy_ratio")
@@ -79,6 +79,35 @@ class Record:
         return settings.get(name) if isinstance(settings, Mapping) else None
 
 
+@dataclass
+class Sources:
+    """All that the figures of a card come from.
+
+    Args:
+        config: `config.json`.
+        records: Results files of the checkpoint; a report comes first.
+        earlier: Training records of the checkpoints it started from, newest first.
+        calibration: `calibration.json`, if there is one.
+    """
+
+    config: dict[str, Any]
+    records: list[Record]
+    earlier: list[Record] = field(default_factory=list)
+    calibration: dict[str, Any] | None = None
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Sources":
+        """What `write_json` made of one."""
+        records = {name: [Record(**record) for record in content[name]] for name in ("records", "earlier")}
+        return cls(config=content["config"], calibration=content["calibration"], **records)
+
+    @property
+    def history(self) -> list[Record]:
+        """The training records, newest first."""
+        own = training_record(self.records)
+        return [own, *self.earlier] if own else []
+
+
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     mode = row.get("mode", row.get("model"))
     found = {"mode": MODES.get(mode, mode), "T": row["T"], "schedule": row.get("schedule")}
@@ -102,12 +131,17 @@ def read_records(folder: Path) -> list[Record]:
     return records
 
 
+def training_record(records: list[Record]) -> Record | None:
+    """The one that a training script wrote, if any."""
+    return next((record for record in records if record.setting("training", "seed") is not None), None)
+
+
 def lineage(folder: Path) -> Iterator[tuple[Path, Record]]:
     """The training record of a folder and of those it started from, newest first, as far as they are on this disk."""
     seen = set()
     while folder.is_dir() and folder.resolve() not in seen:
         seen.add(folder.resolve())
-        record = next((each for each in read_records(folder) if each.setting("training", "seed") is not None), None)
+        record = training_record(read_records(folder))
         if record is None:
             return
         yield folder, record
@@ -115,26 +149,28 @@ def lineage(folder: Path) -> Iterator[tuple[Path, Record]]:
         folder = base if base.is_dir() else folder.parent / base.name
 
 
-def write_card(
-    folder: str | os.PathLike, repo_id: str, options: CardOptions, target: Path, pinned: str | None = None
-) -> None:
-    """Write the `README.md` of a checkpoint.
+def read_sources(folder: Path) -> Sources:
+    """Read all that the card of a checkpoint folder is made from."""
+    calibration = folder / "calibration.json"
+    return Sources(
+        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        records=read_records(folder),
+        earlier=[record for _, record in lineage(folder)][1:],
+        calibration=read_results(calibration) if calibration.is_file() else None,
+    )
+
+
+def build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: str | None = None) -> ModelCard:
+    """The card of a checkpoint.
 
     Args:
-        folder: The checkpoint, with `config.json` and results files.
+        sources: Where its figures come from.
         repo_id: Where it is to be published.
         options: What no results file knows.
-        target: File to write.
         pinned: Commit that the snippet names, once there is one.
     """
-    build_card(Path(folder), repo_id, options, pinned).save(target)
-
-
-def build_card(folder: Path, repo_id: str, options: CardOptions, pinned: str | None = None) -> ModelCard:
-    """The card of a checkpoint folder; see [`write_card`]."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    history = [record for _, record in lineage(folder)]
-    measured = next((record for record in read_records(folder) if record.rows), None)
+    config, history = sources.config, sources.history
+    measured = next((record for record in sources.records if record.rows), None)
     rows = measured.rows if measured else []
     auto_class = auto_class_name(config)
     backbone = "GPT-2" if config["model_type"] == "fas_gpt2" else "BERT"
@@ -160,7 +196,7 @@ def build_card(folder: Path, repo_id: str, options: CardOptions, pinned: str | N
         source=measured.file if measured else "",
         cost=_cost_table(rows),
         energy=_energy_constants(measured) if any(row.get("energy_ratio") for row in rows) else "",
-        calibration=_calibration(config, folder),
+        calibration=_calibration(config, sources.calibration),
         record=_record_tables(history),
         settings=_settings(config),
         limit=f"Inputs of at most {limit} tokens{', generated ones included' if backbone == 'GPT-2' else ''}.",
@@ -295,12 +331,11 @@ def _energy_constants(record: Record | None) -> str:
     return f"A multiply-accumulate counts {configuration['mac_pj']} pJ, an accumulate {configuration['ac_pj']} pJ."
 
 
-def _calibration(config: Mapping[str, Any], folder: Path) -> str:
+def _calibration(config: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
     if config.get("calib_T") is None:
         return ""
     text = f"Calibrated for T = {config['calib_T']} at granularity `{config['granularity']}`."
-    path = folder / "calibration.json"
-    stages = read_results(path).get("stages") if path.is_file() else None
+    stages = record.get("stages") if record else None
     if not stages:
         return text
     last = list(stages.values())[-1]
@@ -371,17 +406,49 @@ def _what_spikes(backbone: str, auto_class: str) -> str:
     return f"the activation in the MLP of every layer and that of {last}"
 
 
+def write_card(folder: Path, repo_id: str, options: CardOptions, path: Path) -> None:
+    """Write the card of a checkpoint folder, and beside it, as JSON, the files it was made from.
+
+    Raises:
+        VerificationError: if the folder holds a report of other weights.
+    """
+    check_report(folder)
+    sources, options = read_sources(folder), inherited_options(folder, options)
+    write_json(path.with_suffix(".json"), {"repo_id": repo_id, "options": options, "sources": sources})
+    build_card(sources, repo_id, options).save(path)
+
+
+def rewrite_card(path: Path) -> None:
+    """Write a card again from the JSON file beside it."""
+    content = read_results(path)
+    card = build_card(Sources.from_json(content["sources"]), content["repo_id"], CardOptions(**content["options"]))
+    card.save(path.with_suffix(".md"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.cards", description="Write the card of a checkpoint.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("repo_id")
-    parser.add_argument("card", type=Path, help="file to write")
-    parser.add_argument("--license")
-    parser.add_argument("--language", nargs="+")
-    parser.add_argument("--base-model")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.cards",
+        description="Write the card of a checkpoint, and beside it, as JSON, the results files it is made from.",
+    )
+    parser.add_argument(
+        "folder", type=Path, help="checkpoint; or the JSON file beside a card, to write that card again"
+    )
+    parser.add_argument("repo_id", nargs="?", help="user/name or organisation/name on the Hub")
+    parser.add_argument("card", type=Path, nargs="?", help="file to write, NAME.md; NAME.json goes beside it")
+    parser.add_argument("--license", help="of the weights; by default that of an existing card or base model")
+    parser.add_argument("--language", nargs="+", help="ISO codes; by default those of an existing card")
+    parser.add_argument("--base-model", help="name of the base model on the Hub, where the record has a local path")
     args = parser.parse_args(argv)
-    options = CardOptions(license=args.license, language=args.language, base_model=args.base_model)
-    build_card(args.folder, args.repo_id, inherited_options(args.folder, options)).save(args.card)
+    if args.folder.is_file() and args.repo_id is None:
+        rewrite_card(args.folder)
+        return 0
+    if args.card is None or args.card.suffix != ".md":
+        parser.error(f"`card` must be a file NAME.md to write, got {args.card}.")
+    try:
+        options = CardOptions(license=args.license, language=args.language, base_model=args.base_model)
+        write_card(args.folder, args.repo_id, options, args.card)
+    except VerificationError as error:
+        parser.error(str(error))
     return 0
 
 

@@ -7,7 +7,6 @@ rows that are finished, and the same command goes on from there.
 """
 
 import argparse
-import hashlib
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from .energy import AC_PJ, MAC_PJ
 from .examples import load_examples
 from .measurement import check_timesteps, evaluate
 from .report import write_report
-from .results import plain, read_results, write_results
+from .results import fingerprint, plain, read_results, write_results
 
 
 logger = logging.get_logger(__name__)
@@ -191,15 +190,6 @@ def earlier_results(path: Path, configuration: dict[str, Any], overwrite: bool) 
         f"`--output_dir` must be empty or hold an interrupted run of the same settings, got {str(path)!r} with "
         "others. Choose another folder, or add --overwrite_output_dir to replace the results in it."
     )
-
-
-def fingerprint(model: Any) -> str:
-    """SHA-256 of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from training import verification
-from training.cards import CardOptions, inherited_options, write_card
+from training.cards import CardOptions, Sources, build_card, inherited_options, read_sources
 from training.verification import VerificationError
 
 
@@ -107,14 +107,16 @@ def publish(
     with _scratch(dry_run) as scratch:
         staged = scratch / folder.resolve().name
         stage(folder, staged)
-        write_card(folder, repo_id, card, staged / "README.md")
+        verification.check_report(folder)
+        sources = read_sources(folder)
+        build_card(sources, repo_id, card).save(staged / "README.md")
         verification.verify(staged, model, tokenizer_folder=folder)
         if dry_run is not None:
             if Path(dry_run).is_dir():
                 Path(dry_run).rmdir()
             os.replace(staged, dry_run)
             return str(dry_run)
-        return upload(folder, staged, repo_id, private, revision, card, commit_message, api)
+        return upload(sources, staged, repo_id, private, revision, card, commit_message, api)
 
 
 def check_arguments(folder: Path, repo_id: str, dry_run: Path | None) -> None:
@@ -174,7 +176,7 @@ def portable_tokenizer_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def upload(
-    folder: Path,
+    sources: Sources,
     staged: Path,
     repo_id: str,
     private: bool | None,
@@ -200,7 +202,7 @@ def upload(
         lost = f"{repo_id} holds all of the checkpoint or nothing of it: look at {api.endpoint}/{repo_id}."
         commit = api.create_commit(repo_id, [*additions, *deletions], commit_message=commit_message, revision=revision)
         done = lost = f"The checkpoint is complete at {commit.commit_url}; only its card does not name this commit."
-        write_card(folder, repo_id, card, staged / "README.md", pinned=commit.oid)
+        build_card(sources, repo_id, card, pinned=commit.oid).save(staged / "README.md")
         readme = CommitOperationAdd("README.md", str(staged / "README.md"))
         api.create_commit(repo_id, [readme], commit_message="Name the commit to pin", revision=revision)
     except _CLIENT_ERRORS as error:

@@ -1,5 +1,6 @@
 """Results files: one JSON per measurement, written atomically; the tables of the documentation come from them."""
 
+import hashlib
 import json
 import os
 import platform
@@ -140,6 +141,15 @@ def hardware() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()
     return found
+
+
+def fingerprint(model: Any) -> str:
+    """Return the SHA-256 of all weights of a model, over names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def commit() -> str | None:

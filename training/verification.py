@@ -15,9 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from training import clean_load
+from training.results import fingerprint
 
 
 CODE_FILES = ("configuration_fas.py", "modeling_fas.py")
+# Where a report of `training.evaluate` belongs, inside the checkpoint folder.
+REPORT = "report/results.json"
 SIBLINGS = {name.removesuffix(".py") for name in CODE_FILES}
 # Triton compiles the neuron for a GPU: it comes with PyTorch for CUDA, is tried for, and never required.
 ALLOWED_IMPORTS = {
@@ -221,16 +224,37 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_report(folder: Path) -> None:
+    """Raise for a report in the folder that was measured on other weights than those in the folder."""
+    path = folder / REPORT
+    if not path.is_file():
+        return
+    configuration = read_json(path).get("configuration")
+    measured = configuration.get("weights_sha256") if isinstance(configuration, dict) else None
+    found = fingerprint(_load_here(folder, dtype="float32"))
+    if measured != found:
+        raise VerificationError(
+            f"`{REPORT}` must be measured on the weights in {str(folder)!r}, which have the `weights_sha256` {found}, "
+            f"got a report of {measured or 'weights it does not name'}. Measure these with `python -m "
+            f"training.evaluate {folder} … --output_dir {path.parent} --overwrite_output_dir`, or remove that folder."
+        )
+
+
+def _load_here(folder: Path, **settings: Any) -> Any:
+    """What this project's own classes load from a folder."""
+    import modeling_fas
+
+    architecture = (read_json(folder / "config.json").get("architectures") or ["none"])[0]
+    model_class = getattr(modeling_fas, architecture, None)
+    if model_class is None or not hasattr(model_class, "from_pretrained"):
+        raise VerificationError(f"`architectures` in config.json must name a FAS model, got {architecture!r}.")
+    return model_class.from_pretrained(folder, **settings)
+
+
 def check_clean_load(folder: Path, model=None, tokenizer_folder: str | Path | None = None) -> None:
     """Raise unless a fresh process without this repository gets the reference logits and token ids, bit for bit."""
     if model is None:
-        import modeling_fas
-
-        architecture = (read_json(folder / "config.json").get("architectures") or ["none"])[0]
-        model_class = getattr(modeling_fas, architecture, None)
-        if model_class is None or not hasattr(model_class, "from_pretrained"):
-            raise VerificationError(f"`architectures` in config.json must name a FAS model, got {architecture!r}.")
-        model = model_class.from_pretrained(folder)
+        model = _load_here(folder)
     elif model.device.type != "cpu":
         import copy
 
