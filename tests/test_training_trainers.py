@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from configuration_fas import FASBertConfig, FASGPT2Config
 from modeling_fas import MIN_THRESHOLD, FASBertForMaskedLM, FASBertForSequenceClassification, FASGPT2LMHeadModel
 from training.arguments import THRESHOLD_LEARNING_RATES, FASTrainingArguments
+from training.checkpoints import whole_or_nothing
 from training.trainers import FASCalibrationTrainer, FASTrainer
 
 
@@ -176,3 +178,39 @@ def gradient_of_first_step(kind: str, tmp_path, size: int, steps: int) -> dict[s
     trainer.create_optimizer().register_step_pre_hook(keep)
     trainer.train()
     return found
+
+
+@pytest.fixture
+def full_disk():
+    """`full_disk(size)`: no file can grow beyond so many bytes from now on; `full_disk()`: they can again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [20_000, 60_000], ids=["fails-at-the-code", "fails-at-the-weights"])
+def test_a_full_disk_leaves_what_was_saved_before(room, full_disk, tmp_path):
+    model = build("clm", layers=8)
+    trainer = FASTrainer(model=model, args=arguments(tmp_path / "run"))
+    trainer.save_model()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert len(before["modeling_fas.py"]) < 60_000 < len(before["model.safetensors"])
+    model.begin_calibration(2)
+    full_disk(room)
+    for folder in (tmp_path / "run", tmp_path / "new"):
+        with pytest.raises(OSError, match=r"`output_dir` must be a folder with room .*before is unchanged"):
+            trainer.save_model(str(folder))
+    full_disk()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert list((tmp_path / "new").iterdir()) == []
+    trainer.save_model()
+    assert FASGPT2LMHeadModel.from_pretrained(tmp_path / "run").config.calib_T == 2
+
+
+def test_shards_of_an_earlier_model_do_not_stay(tmp_path):
+    names = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "evaluation.json")
+    for name in names:
+        (tmp_path / name).touch()
+    with whole_or_nothing(tmp_path) as scratch:
+        Path(scratch, "model.safetensors").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "evaluation.json"}

@@ -2,10 +2,15 @@
 
 import json
 import logging
+import os
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .arguments import FASTrainingArguments
@@ -62,3 +67,28 @@ def remove_checkpoints(output_dir: str | Path) -> None:
 def unmark(checkpoint: Path) -> None:
     """Make a checkpoint count as incomplete, before it is written again or deleted."""
     (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_or_nothing(folder: Path) -> Iterator[str]:
+    """Yield a scratch folder to save a model into, which then replaces the one in `folder`.
+
+    Raises:
+        OSError: if it cannot be written, with what was in `folder` before still there and nothing added.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
+            yield scratch
+            files = {path.relative_to(scratch): path for path in Path(scratch).rglob("*") if path.is_file()}
+            for weights in folder.glob("model*.safetensors*"):
+                if weights.relative_to(folder) not in files:
+                    weights.unlink()
+            for name, path in files.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                os.replace(path, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"`output_dir` must be a folder with room for the model, got {str(folder)!r}: {error}. What was in it "
+            "before is unchanged. Free some space, then save again."
+        ) from error

@@ -11,7 +11,7 @@ from transformers import BertPreTrainedModel, Trainer, TrainerCallback, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .calibration import calibration_loss, freeze_for_calibration
-from .checkpoints import unmark
+from .checkpoints import unmark, whole_or_nothing
 from .publish import PublishMixin
 
 
@@ -64,7 +64,8 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
 
     Thresholds and initial potentials have their own parameter group (own learning rate, no weight decay) and are kept
     positive after every step. Accumulated gradients are those of the large batch, also for BERT, whose stock heads
-    average over each micro-batch. A checkpoint has its `trainer_state.json` only when all else of it is written.
+    average over each micro-batch. A model is saved whole or not at all, and a checkpoint has its `trainer_state.json`
+    only when all else of it is written.
 
     Args:
         threshold_learning_rate: Of that group; `args.learning_rate` by default.
@@ -100,6 +101,12 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
             rate = self.args.learning_rate if self.threshold_learning_rate is None else self.threshold_learning_rate
             optimizer.add_param_group({"params": thresholds, "lr": rate, "weight_decay": 0.0})
         return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict)
+        with whole_or_nothing(Path(output_dir or self.args.output_dir)) as scratch:
+            return super()._save(scratch, state_dict)
 
     def _save_checkpoint(self, model, trial, *args, **kwargs):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
