@@ -185,8 +185,8 @@ def page(model, tokenizer, name: str) -> gr.Blocks:
                 spiking = outcome(label="Spiking network")
                 summary = gr.Markdown()
         gr.Markdown(
-            f"### Every spike\nThe busiest {SHOWN_NEURONS} neurons of each site, one row each; between two lines lie "
-            "the T timesteps of one token."
+            f"### Every spike\nThe last {SHOWN_TOKENS} tokens, and the busiest {SHOWN_NEURONS} neurons of each site, "
+            "one row each; between two lines lie the T timesteps of one token."
         )
         raster_plot = gr.Plot(show_label=False)
         gr.Markdown("### Spike rate by site")
