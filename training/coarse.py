@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from modeling_fas import FASNeuron, integrate_and_fire, spike_rate
+from modeling_fas import MIN_THRESHOLD, FASNeuron, spike_rate
 
 from .calibration import (
     check_calibratable,
@@ -161,13 +161,25 @@ def _of_tokens(neuron, hidden_states, target, rows) -> tuple[torch.Tensor, torch
 
 def _errors(neuron, steps, target, scale, potential) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared error of every neuron's time average, and its variance over time, `(D,)` each, for one pair."""
-    threshold = scale * neuron.threshold
+    threshold = (scale * neuron.threshold).clamp(min=MIN_THRESHOLD)
     start = potential.expand_as(threshold)
     if not neuron.stepwise:
         error = (spike_rate(steps[0], threshold, start, neuron.T) - target).square().mean(0)
         return error, torch.zeros_like(error)
-    average = integrate_and_fire(steps, threshold, start, neuron.T).mean(0)
+    average = _time_average(steps, threshold, start, neuron.T)
     return (average - target).square().mean(0), variance_over_time(average, threshold).mean(0)
+
+
+def _time_average(steps, threshold, start, T) -> torch.Tensor:
+    """The mean over time of `integrate_and_fire`, without its spike trains: `(N, D)`."""
+    v = (start * threshold).expand_as(steps[0]).clone()
+    spikes, count = torch.empty_like(v), torch.zeros_like(v)
+    for t in range(T):
+        v += steps[min(t, len(steps) - 1)]
+        torch.ge(v, threshold, out=spikes)
+        count += spikes
+        v.addcmul_(spikes, threshold, value=-1)
+    return count * (threshold / T)
 
 
 def start_calibration(model: Any, inputs: Mapping[str, torch.Tensor], coarse: str = "search") -> dict[str, Any]:
