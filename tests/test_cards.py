@@ -256,11 +256,17 @@ def test_every_number_of_a_committed_card_stands_in_the_file_beside_it(committed
     card = ModelCard.load(path)
     assert unexplained(card, source) == []
     rows = measured_by(json.loads(source.read_text())).rows
-    measured = {(row["T"], row["schedule"], row.get("split", "validation")): row for row in rows}
+    measured = {
+        (row["T"], row["schedule"], row.get("split", "validation")): row
+        for row in rows
+        if row["mode"] != "stock model"
+    }
+    named = set()
     for each in card.data.eval_results:
-        row = measured.pop((each.metric_args["T"], each.metric_args.get("schedule"), each.dataset_split))
-        assert each.metric_value == row[each.metric_type]
-    assert all(row["mode"] == "stock model" for row in measured.values())
+        key = each.metric_args["T"], each.metric_args.get("schedule"), each.dataset_split
+        assert each.metric_value == measured[key][each.metric_type]
+        named.add(key)
+    assert named == measured.keys()
 
 
 def test_a_committed_card_shows_every_figure_of_quality_and_cost(committed):
@@ -285,7 +291,7 @@ def test_a_committed_card_shows_every_figure_of_quality_and_cost(committed):
             rewrite_card(source)
             assert source.with_suffix(".md").read_bytes() != card.read_bytes(), (row, name)
             changed += 1
-    assert changed > 10
+    assert changed >= 2 * (index + 1)
 
 
 def measured_by(content) -> Record:
