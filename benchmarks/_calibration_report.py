@@ -3,11 +3,11 @@
 python benchmarks/_calibration_report.py
 """
 
-import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
+from benchmarks.table import update
 from training.results import markdown_table, read_results
 
 
@@ -146,20 +146,15 @@ def l_and_t():
     return "![Perplexity by T, for each L](L-and-T.svg)\n\n" + markdown_table(rows, digits=1)
 
 
-def write(document, tables):
-    """Replace what stands between `<!-- name -->` and `<!-- end name -->`."""
-    path = ROOT / "docs" / document
-    text = path.read_text(encoding="utf-8")
-    for name, table in tables.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
-        text = re.sub(pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
-    path.write_text(text, encoding="utf-8")
-
-
 def main():
-    write("calibration.md", {"quality": quality_tables(), "lengths": lengths_table(), "cost": cost_table()})
-    if (RESULTS / "choosing_L_and_T.json").exists():
-        write("choosing-L-and-T.md", {"l-and-t": l_and_t()})
+    tables = {
+        "quality": ("calibration.md", quality_tables),
+        "lengths": ("calibration.md", lengths_table),
+        "cost": ("calibration.md", cost_table),
+        "l-and-t": ("choosing-L-and-T.md", l_and_t),
+    }
+    for name, (page, table) in tables.items():
+        update(ROOT / "docs" / page, f"<!-- {name} -->", table(), False, f"<!-- end {name} -->")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def finetune(model, batches, lr, threshold_lr):
 class Glue:
     """A GLUE task on all-MiniLM-L6-v2: GELU fine-tuned once, one QCFS fine-tuning a seed from there."""
 
+    kind = "glue"
     sizes = {"sst2": (12000, 4000, None), "cola": (8551, 4000, None), "stsb": (5749, 3000, 400)}
     epochs = {"sst2": 1, "cola": 2, "stsb": 1}  # of GELU
     lengths = {"sst2": 56, "cola": 40, "stsb": 64}  # no validation sentence of SST-2 and CoLA is longer
@@ -156,7 +157,7 @@ class Glue:
 class Prose:
     """Language modelling with gpt2-prose-mini: the stock model, one QCFS fine-tuning a seed on prose."""
 
-    name, max_length = "prose", 128
+    name, kind, max_length = "prose", "prose", 128
     rates = {"qcfs": (2e-4, 1e-2)}
     sources = {"prose": "prose", "wikitext": "wikitext-103"}
 
@@ -186,7 +187,8 @@ class Prose:
         return windows[:count]
 
     def calibration_batches(self, steps, size, seed, length=None):
-        return [{"input_ids": part} for part in self.windows("prose", "train", steps * size, 100 + seed).split(size)]
+        windows = self.windows("prose", "train", steps * size, 100 + seed, length or self.max_length)
+        return [{"input_ids": part} for part in windows.split(size)]
 
     @cached_property
     def evaluation(self):
@@ -197,11 +199,7 @@ class Prose:
     @torch.no_grad()
     def evaluate(self, model):
         model.eval()
-        losses = {
-            name: [float(model(input_ids=part, labels=part).loss) for part in windows.split(16)]
-            for name, windows in self.evaluation.items()
-        }
-        return {f"{name}_perplexity": math.exp(sum(each) / len(each)) for name, each in losses.items()}, None
+        return {f"{name}_perplexity": perplexity(model, each) for name, each in self.evaluation.items()}, None
 
     def describe(self):
         return {
@@ -226,6 +224,13 @@ class Prose:
 
 
 TASKS = {"sst2": lambda: Glue("sst2"), "cola": lambda: Glue("cola"), "stsb": lambda: Glue("stsb"), "prose": Prose}
+
+
+@torch.no_grad()
+def perplexity(model, windows, tokens=2048):
+    """Of windows of equal length, `(N, S)`, so many tokens at a time."""
+    parts = windows.split(tokens // windows.shape[1])
+    return math.exp(sum(float(model(input_ids=part, labels=part).loss) for part in parts) / len(parts))
 
 
 def _save(model, path):

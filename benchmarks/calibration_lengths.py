@@ -5,11 +5,10 @@ python benchmarks/calibration_lengths.py --calibrate_at 64 --evaluate_at 64 128 
 
 import argparse
 import copy
-import math
 import os
 
 import torch
-from _calibration_tasks import ROOT, Prose
+from _calibration_tasks import ROOT, Prose, perplexity
 from calibration_quality import SETTINGS, train
 from transformers.utils import logging
 
@@ -25,19 +24,10 @@ def calibrated(task, T, length, seed=0):
     """The QCFS model of a seed, calibrated coarse to fine on windows of one length."""
     model = copy.deepcopy(task.qcfs(seed)).begin_calibration(T)
     steps, size = SETTINGS["steps"]["prose"], SETTINGS["batch_size"]["prose"] * task.max_length // length
-    windows = task.windows("prose", "train", (steps + 2) * size, 100 + seed, length)
-    batches = [{"input_ids": part} for part in windows.split(size)]
+    batches = task.calibration_batches(steps + 2, size, seed, length)
     coarse_search(model, {"input_ids": torch.cat([batch["input_ids"] for batch in batches[:2]])}, progress=False)
     train(model, batches[2:], **SETTINGS["fine"]["prose"])
     return model.set_timesteps(T).eval()
-
-
-@torch.no_grad()
-def perplexity(model, windows):
-    losses = [
-        float(model(input_ids=part, labels=part).loss) for part in windows.split(max(1, 1024 // windows.shape[1]))
-    ]
-    return math.exp(sum(losses) / len(losses))
 
 
 def generations_differ(model, prompts):

@@ -15,7 +15,8 @@ import torch
 from _calibration_tasks import ROOT, TASKS
 from transformers.utils import logging
 
-from training.calibration import calibration_loss, freeze_for_calibration
+from training.arguments import CALIBRATION_SETTINGS, THRESHOLD_LEARNING_RATES
+from training.calibration import calibration_loss, freeze_for_calibration, output_error
 from training.coarse import PUBLISHED_PAIR, coarse_search, set_pair
 from training.results import read_results, write_results
 
@@ -24,11 +25,18 @@ RESULTS = ROOT / "benchmarks" / "results" / "calibration"
 SETTINGS = {
     "rows": {"glue": 64, "prose": 8},  # of the batch that the searches see
     "fine": {
-        "glue": {"lr": 0.02, "site_weight": 10.0, "output_weight": 1.0},
-        "prose": {"lr": 0.05, "site_weight": 0.1, "output_weight": 1.0},
+        kind: {
+            "lr": CALIBRATION_SETTINGS[script][0],
+            "site_weight": CALIBRATION_SETTINGS[script][1],
+            "output_weight": 1.0,
+        }
+        for kind, script in (("glue", "glue"), ("prose", "clm"))
     },
     # The published recipe: position granularity at one padded length, fixed pair, its losses, rates and decay.
-    "published": {"lr_gpt2": 0.003, "lr_bert": 0.07},
+    "published": {
+        "lr_gpt2": THRESHOLD_LEARNING_RATES["clm", "calibrate"],
+        "lr_bert": THRESHOLD_LEARNING_RATES["glue", "calibrate"],
+    },
     "steps": {"sst2": 30, "cola": 30, "stsb": 20, "prose": 60},
     "batch_size": {"glue": 16, "prose": 4},
 }
@@ -49,7 +57,7 @@ def train(model, batches, lr, **loss):
 
 def calibrate(model, task, variant, T, seed):
     """Calibrate in place; returns what is needed to evaluate and to report."""
-    kind = "prose" if task.name == "prose" else "glue"
+    kind = task.kind
     length = task.max_length if variant == "published" else None
     batches = task.calibration_batches(SETTINGS["steps"][task.name], SETTINGS["batch_size"][kind], seed, length)
     if variant == "published":
@@ -70,7 +78,7 @@ def calibrate(model, task, variant, T, seed):
 def search(task, T, seed, per_neuron):
     """Weights after the coarse search, and what it found."""
     model = copy.deepcopy(task.qcfs(seed)).begin_calibration(T)
-    batch = task.calibration_batches(1, SETTINGS["rows"]["prose" if task.name == "prose" else "glue"], seed)[0]
+    batch = task.calibration_batches(1, SETTINGS["rows"][task.kind], seed)[0]
     sites = coarse_search(model, batch, per_neuron=per_neuron, progress=False)
     return model.state_dict(), sites
 
@@ -78,14 +86,6 @@ def search(task, T, seed, per_neuron):
 @functools.cache
 def teacher_logits(_cell, task, seed):
     return task.evaluate(task.qcfs(seed))[1]
-
-
-def divergence(logits, teacher):
-    """Mean KL of the ANN's distribution from the spiking one; mean squared difference of a regression."""
-    if logits.shape[-1] == 1:
-        return float((logits - teacher).square().mean())
-    target = teacher.log_softmax(-1)
-    return float((target.exp() * (target - logits.log_softmax(-1))).sum(-1).mean())
 
 
 def run_cell(name, seed, variants, timesteps):
@@ -109,7 +109,7 @@ def run_cell(name, seed, variants, timesteps):
         seconds = {"calibration_s": calibrated - start, "evaluation_s": time.perf_counter() - calibrated}
         if logits is not None and variant != "gelu":
             teacher = logits if variant == "qcfs" else teacher_logits(path.stem, task, seed)
-            scores["divergence_from_qcfs"] = divergence(logits, teacher)
+            scores["divergence_from_qcfs"] = float(output_error(logits, teacher, causal=False))
         rows.append({"variant": variant, "T": T, **scores, **seconds, **more})
         write_results(
             path,

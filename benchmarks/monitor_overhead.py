@@ -3,11 +3,11 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from benchmarks.common import peak_bytes, weight_bytes
 from configuration_fas import FASBertConfig, FASGPT2Config
 from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
 from training.monitors import SpikeMonitor
@@ -26,18 +26,6 @@ MODELS = {  # random weights; thresholds at which about a tenth of the neurons f
 }
 MODES = [(0, "stepwise"), (4, "layerwise"), (4, "stepwise")]
 TARGETS = {"time": 1.05, "peak_memory": 1.01}
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Most bytes of tensors alive at once that a call allocated."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    current = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak
 
 
 def compare(model: torch.nn.Module, ids: torch.Tensor, rounds: int) -> dict[str, float]:
@@ -62,8 +50,8 @@ def compare(model: torch.nn.Module, ids: torch.Tensor, rounds: int) -> dict[str,
         seconds.append(spent[without][0])
         for ratio, with_monitor, alone in zip(ratios.values(), spent[watched], spent[without], strict=True):
             ratio.append(with_monitor / alone)
-    peaks = [peak_bytes(function) for function in (without, watched)]
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    peaks = [peak_bytes(function, "cpu") for function in (without, watched)]
+    weights = weight_bytes(model)
     return {
         **{name: statistics.median(values) for name, values in ratios.items()},
         "process_time_quartiles": statistics.quantiles(ratios["process_time"], n=4),

@@ -41,11 +41,11 @@ def main() -> int:
     return update(PAGE, BEGIN, tables(), args.check)
 
 
-def update(path: Path, begin: str, content: str, check: bool) -> int:
+def update(path: Path, begin: str, content: str, check: bool, end: str = END) -> int:
     """Put content between the marks of a page; with `check` write nothing, and return 1 if it was out of date."""
     page = path.read_text(encoding="utf-8")
     before, rest = page.split(begin)
-    written = f"{before}{begin}\n\n{content}\n\n{END}{rest.split(END)[1]}"
+    written = f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
     if not check:
         path.write_text(written, encoding="utf-8")
     return int(check and written != page)

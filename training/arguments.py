@@ -227,23 +227,27 @@ def check_output_dir(args: FASTrainingArguments) -> None:
     """Raise for an output folder that cannot be written to, or that holds something and was not said to be used."""
     if not args.output_dir or args.output_dir == "trainer_output":
         raise ValueError("`--output_dir` is required: the folder for the model, its checkpoints and results.")
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"`--output_dir` must be a folder that can be written to, got {args.output_dir!r}: {error.strerror}."
-        ) from error
+    check_writable(args.output_dir)
     if args.do_train and not (args.overwrite_output_dir or args.resume_from_checkpoint):
-        found = sorted(entry.name for entry in folder.iterdir())
+        found = sorted(entry.name for entry in Path(args.output_dir).iterdir())
         if found:
             raise ValueError(
                 f"`--output_dir` must be empty, got {args.output_dir!r} with {', '.join(found[:3])}"
                 f"{', …' if len(found) > 3 else ''}. Add --resume_from_checkpoint true to go on with the last "
                 "complete checkpoint in it, --overwrite_output_dir to start anew, or choose another folder."
             )
+
+
+def check_writable(folder: str) -> None:
+    """Make the output folder; raise if it cannot be written to."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"`--output_dir` must be a folder that can be written to, got {folder!r}: {error.strerror}."
+        ) from error
 
 
 def parse_arguments(

@@ -1,8 +1,6 @@
 """Coarse calibration: scales of the thresholds and initial potentials by search, front to back, no gradient."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -102,9 +100,11 @@ def coarse_search(
         total=len(weights) * len(model.neurons()), desc="coarse search", unit="site", disable=not progress
     ) as bar:
         for weight in weights:
-            found: dict[str, dict[str, float]] = {}
-            with _before_each_site(model, partial(_choose, targets, rows, pairs, per_neuron, weight, found, bar)):
-                logits = model(**inputs)["logits"]
+
+            def choose(name, neuron, hidden_states, weight=weight):
+                return _choose(neuron, hidden_states, targets[name], rows, pairs, per_neuron, weight)
+
+            found, logits = _search_pass(model, inputs, choose, bar)
             error = output_error(logits, teacher, model.config.backbone == "gpt2", mask).item()
             if best[2] is None or error < best[0]:
                 best = (error, found, [_fine_parameters(neuron) for _, neuron in model.neurons()])
@@ -118,20 +118,28 @@ def _fine_parameters(neuron) -> tuple[torch.Tensor, torch.Tensor]:
     return neuron.fine_threshold.clone(), neuron.initial_potential.clone()
 
 
-@contextmanager
-def _before_each_site(model, act) -> Iterator[None]:
-    """Call `act(name, neuron, inputs)` before each site runs."""
-    handles = [neuron.register_forward_pre_hook(partial(act, name)) for name, neuron in model.neurons()]
+def _search_pass(model, inputs, choose, bar) -> tuple[dict[str, dict[str, float]], torch.Tensor]:
+    """Run the model once and set every site by `choose` before it runs; returns what was found, and the logits."""
+    found: dict[str, dict[str, float]] = {}
+
+    def before(name):
+        def hook(neuron, args):
+            found[name] = choose(name, neuron, args[0])
+            bar.update()
+
+        return hook
+
+    handles = [neuron.register_forward_pre_hook(before(name)) for name, neuron in model.neurons()]
     try:
-        yield
+        return found, model(**inputs)["logits"]
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _choose(targets, rows, pairs, per_neuron, weight, found, bar, name, neuron, args) -> None:
+def _choose(neuron, hidden_states, target, rows, pairs, per_neuron, weight) -> dict[str, float]:
     """Set the best pairs of a site, given what it is about to read."""
-    steps, target = _of_tokens(neuron, args[0], targets[name], rows)
+    steps, target = _of_tokens(neuron, hidden_states, target, rows)
     tried = [_errors(neuron, steps, target, *pair) for pair in pairs]
     errors, variances = (torch.stack(part) for part in zip(*tried, strict=True))
     costs = errors + weight * variances
@@ -140,14 +148,13 @@ def _choose(targets, rows, pairs, per_neuron, weight, found, bar, name, neuron, 
         best = (len(target) * costs + PRIOR_TOKENS * costs.mean(1, keepdim=True)).argmin(0)
     set_pair(neuron, *pairs[best].unbind(-1))
     error = errors[best] if best.dim() == 0 else errors.gather(0, best[None])
-    found[name] = {
+    return {
         "scale": pairs[best, 0].mean().item(),
         "initial_potential": pairs[best, 1].mean().item(),
         "error_before": _errors(neuron, steps, target, *pairs.new_tensor((1.0, 0.5)))[0].mean().item(),
         "error": error.mean().item(),
         "variance_weight": weight,
     }
-    bar.update()
 
 
 def _of_tokens(neuron, hidden_states, target, rows) -> tuple[torch.Tensor, torch.Tensor]:

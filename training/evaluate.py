@@ -8,7 +8,6 @@ rows that are finished, and the same command goes on from there.
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers.utils import logging
 from configuration_fas import SCHEDULES, FASConfig
 from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
 
+from .arguments import check_writable
 from .energy import AC_PJ, MAC_PJ
 from .examples import load_examples
 from .measurement import check_timesteps, evaluate
@@ -161,16 +161,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     save(metrics, "complete")
     write_report(path)
     return read_results(path)
-
-
-def check_writable(folder: str) -> None:
-    """Make the folder; raise if it cannot be written to."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"`--output_dir` must be a folder that can be written to, got {folder!r}: {error}") from error
 
 
 def earlier_results(path: Path, configuration: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:

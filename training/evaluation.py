@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from configuration_fas import SCHEDULES
+
 from .data import AnyDataset
 from .monitors import SpikeMonitor
 
 
 logger = logging.getLogger(__name__)
-
-SCHEDULES = ("stepwise", "layerwise")
 
 
 def modes(model: nn.Module, timesteps: Sequence[int]) -> list[tuple[str, int, str | None]]:
