@@ -10,6 +10,7 @@ import copy
 import functools
 import os
 import time
+from pathlib import Path
 
 import torch
 from _calibration_tasks import ROOT, TASKS
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from training.arguments import CALIBRATION_SETTINGS, THRESHOLD_LEARNING_RATES
 from training.calibration import calibration_loss, freeze_for_calibration, output_error
 from training.coarse import PUBLISHED_PAIR, coarse_search, set_pair
-from training.results import read_results, write_results
+from training.results import commit, read_results, write_results
 
 
 RESULTS = ROOT / "benchmarks" / "results" / "calibration"
@@ -37,7 +38,7 @@ SETTINGS = {
         "lr_gpt2": THRESHOLD_LEARNING_RATES["clm", "calibrate"],
         "lr_bert": THRESHOLD_LEARNING_RATES["glue", "calibrate"],
     },
-    "steps": {"sst2": 30, "cola": 30, "stsb": 20, "prose": 60},
+    "steps": {"sst2": 30, "cola": 30, "stsb": 60, "prose": 60},
     "batch_size": {"glue": 16, "prose": 4},
 }
 
@@ -66,12 +67,12 @@ def calibrate(model, task, variant, T, seed):
             set_pair(neuron, *PUBLISHED_PAIR)
         rate = SETTINGS["published"]["lr_gpt2" if kind == "prose" else "lr_bert"]
         train(model, batches, rate, reduction="published", site_weight=1.0, output_weight=float(kind == "prose"))
-        return {"length": length}
+        return {"length": length, "steps": len(batches)}
     searched, sites = search(task, T, seed, variant != "coarse")
     model.begin_calibration(T).load_state_dict(searched)
     if variant == "fine":
         train(model, batches, **SETTINGS["fine"][kind])
-    return {"sites": sites}
+    return {"sites": sites} | ({"steps": len(batches)} if variant == "fine" else {})
 
 
 @functools.lru_cache(maxsize=1)
@@ -88,9 +89,9 @@ def teacher_logits(_cell, task, seed):
     return task.evaluate(task.qcfs(seed))[1]
 
 
-def run_cell(name, seed, variants, timesteps):
+def run_cell(name, seed, variants, timesteps, folder):
     """Run the rows of one task and seed that its results file lacks."""
-    task, path = TASKS[name](), RESULTS / f"{name}_s{seed}.json"
+    task, path = TASKS[name](), folder / f"{name}_s{seed}.json"
     rows = read_results(path)["metrics"] if path.exists() else []
     wanted = [("gelu", None), ("qcfs", None), *((v, T) for T in timesteps for v in variants)]
     for variant, T in wanted:
@@ -110,7 +111,7 @@ def run_cell(name, seed, variants, timesteps):
         if logits is not None and variant != "gelu":
             teacher = logits if variant == "qcfs" else teacher_logits(path.stem, task, seed)
             scores["divergence_from_qcfs"] = float(output_error(logits, teacher, causal=False))
-        rows.append({"variant": variant, "T": T, **scores, **seconds, **more})
+        rows.append({"variant": variant, "T": T, **scores, **seconds, "commit": commit(), **more})
         write_results(
             path,
             metrics=rows,
@@ -129,13 +130,14 @@ def main():
         default=["uncalibrated", "coarse", "neuron", "fine", "published"],
         help="`coarse`: a pair by site; `neuron`: by neuron",
     )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results files")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     for seed in options.seeds:
         for name in options.tasks:
-            run_cell(name, seed, options.variants, options.T)
+            run_cell(name, seed, options.variants, options.T, options.output)
 
 
 if __name__ == "__main__":

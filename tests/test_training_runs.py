@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
 from training import convert, run_clm, run_glue, run_mlm
 from training.checkpoints import checkpoints, is_complete
+from training.coarse import VARIANCE_WEIGHTS
 from training.results import read_results
 from training.trainers import FASTrainer
 from training_helpers import (
@@ -84,6 +85,7 @@ def test_a_classifier_through_all_stages(inputs, tmp_path):
     record = read_results(tmp_path / "calibrated" / "evaluation.json")
     assert record["metrics"] == calibrated
     calibration = read_results(tmp_path / "calibrated" / "calibration.json")
+    assert {site["variance_weight"] for site in calibration["stages"]["coarse"].values()} <= set(VARIANCE_WEIGHTS)
     assert list(calibration["stages"]) == ["uncalibrated", "coarse", "fine"]
     before, coarse = (
         sum(site["error"] for site in calibration["stages"][s].values()) for s in ("uncalibrated", "coarse")

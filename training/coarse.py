@@ -198,14 +198,19 @@ def start_calibration(model: Any, inputs: Mapping[str, torch.Tensor], coarse: st
         coarse: `"search"`, `"published"` (0.6 and 0.2 of the threshold, everywhere) or `"none"`.
 
     Returns:
-        [`describe_sites`] at stage `uncalibrated` and, unless `"none"`, `coarse`: what [`save_record`] takes.
+        [`describe_sites`] at stage `uncalibrated` and, unless `"none"`, `coarse`: what [`save_record`] takes. The
+        search adds the `variance_weight` that it kept.
     """
     stages = {"uncalibrated": describe_sites(model, inputs)}
     if coarse == "none":
         return stages
+    found: dict[str, dict[str, float]] = {}
     if coarse == "search":
-        coarse_search(model, inputs)
+        found = coarse_search(model, inputs)
     else:
         for _, neuron in model.neurons():
             set_pair(neuron, *PUBLISHED_PAIR)
-    return stages | {"coarse": describe_sites(model, inputs)}
+    described = describe_sites(model, inputs)
+    for name, site in found.items():
+        described[name]["variance_weight"] = site["variance_weight"]
+    return stages | {"coarse": described}
