@@ -23,7 +23,7 @@ TOKENS = 4096  # to evaluate on, whatever the length
 def calibrated(task, T, length, seed=0):
     """The QCFS model of a seed, calibrated coarse to fine on windows of one length."""
     model = copy.deepcopy(task.qcfs(seed)).begin_calibration(T)
-    steps, size = SETTINGS["steps"]["prose"], SETTINGS["batch_size"]["prose"] * task.max_length // length
+    steps, size = SETTINGS["steps"], SETTINGS["batch_size"]["prose"] * task.max_length // length
     batches = task.calibration_batches(steps + 2, size, seed, length)
     coarse_search(model, {"input_ids": torch.cat([batch["input_ids"] for batch in batches[:2]])}, progress=False)
     train(model, batches[2:], **SETTINGS["fine"]["prose"])

@@ -38,7 +38,7 @@ SETTINGS = {
         "lr_gpt2": THRESHOLD_LEARNING_RATES["clm", "calibrate"],
         "lr_bert": THRESHOLD_LEARNING_RATES["glue", "calibrate"],
     },
-    "steps": {"sst2": 30, "cola": 30, "stsb": 60, "prose": 60},
+    "steps": 60,
     "batch_size": {"glue": 16, "prose": 4},
 }
 
@@ -60,7 +60,7 @@ def calibrate(model, task, variant, T, seed):
     """Calibrate in place; returns what is needed to evaluate and to report."""
     kind = task.kind
     length = task.max_length if variant == "published" else None
-    batches = task.calibration_batches(SETTINGS["steps"][task.name], SETTINGS["batch_size"][kind], seed, length)
+    batches = task.calibration_batches(SETTINGS["steps"], SETTINGS["batch_size"][kind], seed, length)
     if variant == "published":
         model.begin_calibration(T, "position", length)
         for _, neuron in model.neurons():

@@ -3,6 +3,7 @@
 import statistics
 
 import torch
+from transformers import Cache
 
 from benchmarks.common import arguments, fas, report, stock, timed, token_ids
 
@@ -11,11 +12,11 @@ PROMPT, NEW, T = 128, 128, 4
 
 
 class Decoder:
-    """A model, its cache and the tokens so far."""
+    """A model, its cache (by default one that grows) and the tokens so far."""
 
-    def __init__(self, model: torch.nn.Module, ids: torch.Tensor):
+    def __init__(self, model: torch.nn.Module, ids: torch.Tensor, cache: Cache | None = None):
         self.model, self.ids = model, ids
-        self.cache = model(ids, use_cache=True).past_key_values
+        self.cache = model(ids, past_key_values=cache, use_cache=True).past_key_values
 
     def cached(self) -> None:
         logits = self.model(self.ids[:, -1:], past_key_values=self.cache, use_cache=True).logits

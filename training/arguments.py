@@ -26,7 +26,7 @@ THRESHOLD_LEARNING_RATES = {
     ("glue", "calibrate"): 0.07,
 }
 # Of calibration by layer or neuron, measured (docs/calibration.md): learning rate, and weight of the site errors.
-CALIBRATION_SETTINGS = {"clm": (0.05, 0.1), "glue": (0.02, 10.0)}
+CALIBRATION_SETTINGS = {"clm": (0.05, 0.1), "glue": (0.05, 1.0)}
 # Initial threshold by script, where neither the flag nor the checkpoint has one: those of the published code.
 INITIAL_THRESHOLDS = {"clm": 2.0, "mlm": 1.24, "glue": 2.5}
 FILE_TYPES = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}

@@ -55,7 +55,7 @@ def calibration_loss(
     model: nn.Module,
     inputs: Mapping[str, torch.Tensor],
     *,
-    site_weight: float = 10.0,
+    site_weight: float = 1.0,
     output_weight: float = 1.0,
     variance_weight: float | None = None,
     reduction: str = "tokens",
@@ -70,7 +70,7 @@ def calibration_loss(
     Args:
         model: A FAS model with a head and fine parameters; may be wrapped for data-parallel training.
         inputs: Of the model, `(B, S)`; `labels` are dropped.
-        site_weight: Weight of the sum of the site errors; 10 was better than 1 (docs/calibration.md), 1 is published.
+        site_weight: Weight of the sum of the site errors; 1 is published.
         output_weight: Weight of the output error; at 0 it is reported and takes no part.
         variance_weight: Weight of the variance over time of a site, beside 1 for its error: what fluctuates from step
             to step costs in LayerNorm and softmax, though its average be right. 0.1 by default; 0 for the published
