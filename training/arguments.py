@@ -185,7 +185,7 @@ class FASTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Weight of the error of the sites in the loss of --stage calibrate, beside 1 for that of the "
-            "output; by default 0.1 for run_clm, 10 for run_glue."
+            "output; by default 0.1 for run_clm, 1 for run_glue."
         },
     )
     overwrite_output_dir: bool = field(
