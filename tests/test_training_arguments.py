@@ -142,8 +142,8 @@ def test_bad_input_is_named_before_any_training(case, inputs, monkeypatch):
     ("script", "granularity", "flags", "rate", "weight"),
     [
         ("clm", "neuron", {}, 0.05, 0.1),
-        ("glue", "layer", {}, 0.02, 10.0),
-        ("glue", "position", {}, 0.07, 10.0),
+        ("glue", "layer", {}, 0.05, 1.0),
+        ("glue", "position", {}, 0.07, 1.0),
         ("glue", "neuron", {"threshold_learning_rate": 0.5, "site_weight": 0.0}, 0.5, 0.0),
     ],
 )
