@@ -47,6 +47,7 @@ def quality_tables():
             for metric in METRICS.keys() & row.keys():
                 cell = found[record["configuration"]["task"], metric]
                 cell[row["variant"], row["T"]].append(row[metric])
+                cell["steps", row["variant"]] += {row["steps"]} if "steps" in row else set()
                 ends = [seeds.get(key, {}).get(metric) for key in (("uncalibrated", row["T"]), ("qcfs", None))]
                 if row["T"] and None not in ends and ends[0] != ends[1] and metric != "divergence_from_qcfs":
                     cell["ends", row["variant"], row["T"]].append((row[metric] - ends[0], ends[1] - ends[0]))
@@ -57,7 +58,7 @@ def quality_tables():
         for variant, label in LABELS.items():
             if not any(cell[variant, T] for T in (None, 1, 2, 4, 8)):
                 continue
-            row = {"": label}
+            row = {"": label, "steps": " or ".join(map(str, sorted(set(cell["steps", variant])))) or "–"}
             if variant in ("gelu", "qcfs"):
                 row |= {"ANN": spread(cell[variant, None], digits)}
             else:
@@ -69,7 +70,7 @@ def quality_tables():
                         row[f"T = {T}"] += f" ({100 * sum(end[0] for end in ends) / gap:.0f} %)"
             rows.append(row)
         seeds = len(cell["uncalibrated", 4])
-        columns = ["", "ANN", *(f"T = {T}" for T in (1, 2, 4, 8) if cell["uncalibrated", T])]
+        columns = ["", "steps", "ANN", *(f"T = {T}" for T in (1, 2, 4, 8) if cell["uncalibrated", T])]
         title = f"**{METRICS[metric]}** ({task}, {seeds} seed{'s' * (seeds != 1)})"
         text.append(f"{title}\n\n{markdown_table(rows, columns)}")
     return "\n\n".join(text)
@@ -122,6 +123,7 @@ def l_and_t():
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    pyplot.rcParams["svg.hashsalt"] = "L and T"  # the same plot, the same file
     record = read_results(RESULTS / "choosing_L_and_T.json")
     steps = record["configuration"]["T"]
     found = {(row["L"], row["mode"], row["T"]): row["prose_perplexity"] for row in record["metrics"]}
