@@ -12,8 +12,8 @@ from transformers import GPT2LMHeadModel
 from modeling_fas import FASGPT2LMHeadModel
 
 from .arguments import STAGES
-from .data import blocks, causal_collator, load_raw, text_splits
-from .runner import Run, load_model, show_messages, start, train_and_evaluate
+from .data import causal_collator, load_raw, text_splits
+from .runner import Run, load_model, show_messages, start, text_blocks, text_length, train_and_evaluate
 from .tokenization import load_tokenizer
 
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run one stage; returns the rows of its evaluation."""
     run = start("clm", STAGES, argv)
     args, data = run.training, run.data
-    size = block_size(run)
+    size = text_length(run, "block_size")
     raw = text_splits(load_raw(data), data, args.do_train, args.do_eval)
     tokenizer = load_tokenizer(run.model, "gpt2")
     model = load_model(run, GPT2LMHeadModel, FASGPT2LMHeadModel, **from_scratch(run, tokenizer))
@@ -31,11 +31,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             f"`--tokenizer_name` must have at most the {model.config.vocab_size} tokens of the model, "
             f"got {len(tokenizer)}."
         )
-    with args.main_process_first(desc="tokenizing"):
-        splits = {
-            split: blocks(dataset, tokenizer, data, size, split=split, seed=args.seed if split == "train" else None)
-            for split, dataset in raw.items()
-        }
+    splits = text_blocks(run, raw, tokenizer, size)
     args.prediction_loss_only = True
     trainer = run.trainer(
         model=model,
@@ -44,15 +40,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         data_collator=causal_collator,
     )
     return train_and_evaluate(run, trainer, tokenizer, splits, perplexity=True)
-
-
-def block_size(run: Run) -> int:
-    """Return the length of a text: as asked for, at most the positions of the model, at most 1024 if not asked."""
-    positions = run.config.max_position_embeddings
-    size = run.data.block_size or run.data.max_seq_length or min(positions, 1024)
-    if size > positions:
-        raise ValueError(f"`--block_size` must be at most the {positions} positions of the model, got {size}.")
-    return size
 
 
 def from_scratch(run: Run, tokenizer) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from transformers import BertForMaskedLM
 
 from modeling_fas import FASBertForMaskedLM
 
-from .data import MaskingCollator, blocks, load_raw, text_splits
-from .runner import load_model, show_messages, start, train_and_evaluate
+from .data import MaskingCollator, load_raw, text_splits
+from .runner import load_model, show_messages, start, text_blocks, text_length, train_and_evaluate
 from .tokenization import load_tokenizer
 
 
@@ -20,21 +20,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run the stage; returns the rows of its evaluation."""
     run = start("mlm", ("full", "baseline"), argv)
     args, data = run.training, run.data
-    positions = run.config.max_position_embeddings
-    size = data.max_seq_length or data.block_size or min(positions, 1024)
-    if size > positions:
-        raise ValueError(f"`--max_seq_length` must be at most the {positions} positions of the model, got {size}.")
+    size = text_length(run, "max_seq_length")
     raw = text_splits(load_raw(data), data, args.do_train, args.do_eval)
     tokenizer = load_tokenizer(run.model, "bert")
     if tokenizer.mask_token is None:
         raise ValueError("`--tokenizer_name` must have a mask token for masked language modelling, got none.")
     settings = {} if run.model.model_name_or_path else {"vocab_size": len(tokenizer)}
     model = load_model(run, BertForMaskedLM, FASBertForMaskedLM, **settings)
-    with args.main_process_first(desc="tokenizing"):
-        splits = {
-            split: blocks(dataset, tokenizer, data, size, split=split, seed=args.seed if split == "train" else None)
-            for split, dataset in raw.items()
-        }
+    splits = text_blocks(run, raw, tokenizer, size)
     args.prediction_loss_only = True
     trainer = run.trainer(
         model=model,

@@ -25,7 +25,7 @@ from .arguments import (
 from .calibration import RECORD_FILE, describe_sites, save_record
 from .checkpoints import checkpoint_to_resume, remove_checkpoints
 from .coarse import start_calibration
-from .data import AnyDataset
+from .data import AnyDataset, blocks
 from .evaluation import evaluate_modes
 from .results import markdown_table, read_results, write_results
 from .trainers import FASCalibrationTrainer, FASTrainer
@@ -75,6 +75,25 @@ class Run:
         weight = self.training.site_weight
         weight = CALIBRATION_SETTINGS[self.script][1] if weight is None else weight
         return partial(FASCalibrationTrainer, loss_settings={"site_weight": weight}, **settings)
+
+
+def text_length(run: Run, flag: str) -> int:
+    """Return the tokens of a text: as asked for by `flag` or else its twin, by default the positions, at most 1024."""
+    positions = run.config.max_position_embeddings
+    size = getattr(run.data, flag) or run.data.block_size or run.data.max_seq_length or min(positions, 1024)
+    if size > positions:
+        raise ValueError(f"`--{flag}` must be at most the {positions} positions of the model, got {size}.")
+    return size
+
+
+def text_blocks(run: Run, raw: dict[str, AnyDataset], tokenizer: Any, size: int) -> dict[str, AnyDataset]:
+    """Tokenize every split and cut it into blocks of `size` tokens, the main process first."""
+    seeds = {"train": run.training.seed}
+    with run.training.main_process_first(desc="tokenizing"):
+        return {
+            split: blocks(dataset, tokenizer, run.data, size, split=split, seed=seeds.get(split))
+            for split, dataset in raw.items()
+        }
 
 
 def show_messages() -> None:
