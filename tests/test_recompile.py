@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 from transformers import CompileConfig
 
 import tiny
@@ -53,3 +54,17 @@ def test_decoding_with_a_static_cache_compiles_whole(T, schedule):
     static = model.generate(ids, cache_implementation="static", compile_config=compiling, **settings)
     assert counters["stats"]["unique_graphs"] == 1  # one graph for every token after the prompt
     assert torch.equal(static, model.generate(ids, **settings))
+
+
+def test_decoding_as_the_page_on_speed_compiles_it_changes_no_token():
+    torch._dynamo.reset()
+    model = tiny.model("gpt2", T=4, schedule="stepwise")
+    ids = tiny.batch("gpt2")["input_ids"][:1]
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    plain = model.generate(ids, **settings)
+    model.forward = torch.compile(model.forward)
+    counters.clear()
+    with inductor.patch(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP,ATEN"):
+        compiled = model.generate(ids, **settings)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert torch.equal(compiled, plain)
