@@ -76,6 +76,16 @@ def quality_tables():
     return "\n\n".join(text)
 
 
+def settings_table():
+    rows = []
+    for row in read_results(RESULTS / "calibration_settings.json")["metrics"]:
+        metric = next(name for name in METRICS if name in row)
+        settings = {name.replace("_", " "): row[name] for name in ("steps", "rate", "site_weight")}
+        score = {"score": f"{row[metric]:.2f}", "divergence": f"{row.get('divergence_from_qcfs', 0):.4f}"}
+        rows.append({"task, metric": METRICS[metric], **settings, **score})
+    return markdown_table(rows, digits=2)
+
+
 def cost_table():
     rows = []
     for path in sorted(RESULTS.glob("calibration_cost_*.json")):
@@ -151,6 +161,7 @@ def l_and_t():
 def main():
     tables = {
         "quality": ("calibration.md", quality_tables),
+        "settings": ("calibration.md", settings_table),
         "lengths": ("calibration.md", lengths_table),
         "cost": ("calibration.md", cost_table),
         "l-and-t": ("choosing-L-and-T.md", l_and_t),
