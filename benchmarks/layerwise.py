@@ -17,9 +17,12 @@ def main() -> None:
     rows, samples = [], {}
     for kind, title in TITLES.items():
         plain, model = stock(kind, args), fas(kind, args, T=T, schedule="layerwise")
+        for each in (plain, model):
+            each(token_ids(1, 8, args))  # a warm-up
         for batch in args.batch:
             ids = token_ids(batch, 128, args)
-            times = interleave({"stock": partial(plain, ids), "layerwise": partial(model, ids)}, args)
+            functions = {"stock": partial(plain, ids), "layerwise": partial(model, ids)}
+            times = interleave(functions, args, warmup=0)
             measure = f"{title}, batch {batch}, T = {T}, layerwise over stock: time"
             rows.append({"measure": measure, "target": 1.10, "got": ratio(times, "layerwise", "stock")})
             samples[f"{kind}, batch {batch}"] = times

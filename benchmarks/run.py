@@ -1,18 +1,20 @@
-"""Run every benchmark in a process of its own, with one CPU thread, then write the table of `docs/speed.md`."""
+"""Run every benchmark, one CPU thread, one process to import torch once; write the tables of `docs/speed.md`."""
 
 import os
-import subprocess
-import sys
+import runpy
 
 
 SCRIPTS = ("neuron", "products", "layerwise", "decoding", "training_step", "stepwise", "scaling")
 
 
 def main() -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before torch is imported
     for script in SCRIPTS:
-        subprocess.run([sys.executable, "-m", f"benchmarks.{script}", *sys.argv[1:]], check=True, env=environment)
-    subprocess.run([sys.executable, "-m", "benchmarks.table"], check=True, env=environment)
+        runpy.run_module(f"benchmarks.{script}", run_name="__main__", alter_sys=True)
+
+    from benchmarks.table import BEGIN, PAGE, tables, update
+
+    update(PAGE, BEGIN, tables(), check=False)
 
 
 if __name__ == "__main__":

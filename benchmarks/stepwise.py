@@ -29,7 +29,7 @@ def main() -> None:
                 "stepwise": partial(model, ids),
                 "stock": partial(plain, ids),
             }
-            peaks = {name: peak_bytes(function, args.device) for name, function in functions.items()}
+            peaks = {name: peak_bytes(functions[name], args.device) for name in ("naive", "stepwise")}
             times = interleave(functions, args, warmup=0)
             case = f"GPT-2 small, batch {batch}, T = {T}, stepwise over"
             whole = (peaks["stepwise"] + weights) / (peaks["naive"] + weights)
