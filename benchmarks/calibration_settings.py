@@ -1,17 +1,19 @@
 """What the settings of fine calibration do: rate, weight of the site errors and steps, after one and the same search.
 
     python benchmarks/calibration_settings.py --task stsb --fine 60 0.05 1 --fine 60 0.02 10
+    python benchmarks/calibration_settings.py --task sst2 --unseen 3000 --seeds 0 1 2 --T 4 8 --fine 60 0.05 1
 
-Rows that are in the results file are not run again. The defaults were chosen by it, on seed 0 at T = 4 and on the
-evaluation data: the other seeds and T of `calibration_quality.py` had no part in the choice.
+Rows that are in the results file are not run again. Those without `unseen` were judged on the validation rows, on seed
+0 at T = 4: the other seeds and T of `calibration_quality.py` had no part in the choice.
 """
 
 import argparse
 import copy
 import os
+from pathlib import Path
 
 import torch
-from _calibration_tasks import ROOT, TASKS
+from _calibration_tasks import ROOT, TASKS, Glue
 from calibration_quality import SETTINGS, search, train
 from transformers.utils import logging
 
@@ -22,34 +24,60 @@ from training.results import commit, read_results, write_results
 RESULTS = ROOT / "benchmarks" / "results" / "calibration_settings.json"
 
 
+def judged(task, model, teacher=None):
+    scores, logits = task.evaluate(model)
+    if logits is not None and teacher is not None:
+        scores["divergence_from_qcfs"] = float(output_error(logits, teacher, causal=False))
+    return scores, logits
+
+
+def settings(task, seed, T, wanted, done):
+    """Yield a row for every one of `wanted` that is not done, with its two ends: QCFS, and not calibrated at all."""
+    cell = {"task": task.name, "seed": seed, "T": T, "unseen": getattr(task, "unseen", 0)}
+    wanted = [cell | {"steps": int(steps), "rate": rate, "site_weight": weight} for steps, rate, weight in wanted]
+    wanted = [row for row in wanted if not any(row.items() <= ({"unseen": 0} | old).items() for old in done)]
+    if not wanted:
+        return
+    ann = task.qcfs(seed)
+    ends = {}
+    ends["qcfs"], teacher = judged(task, ann)
+    ends["uncalibrated"], _ = judged(task, copy.deepcopy(ann).set_timesteps(T), teacher)
+    for row in wanted:
+        model = copy.deepcopy(ann).begin_calibration(T)
+        model.load_state_dict(search(task, T, seed, True)[0])
+        if row["steps"]:
+            batches = task.calibration_batches(row["steps"], SETTINGS["batch_size"][task.kind], seed)
+            train(model, batches, row["rate"], site_weight=row["site_weight"])
+        yield row | judged(task, model.set_timesteps(T), teacher)[0] | {"ends": ends, "commit": commit()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--T", type=int, default=4)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--T", nargs="+", type=int, default=[4])
+    parser.add_argument("--unseen", type=int, default=0, help="judge SST-2 on so many training rows (0: validation)")
     parser.add_argument(
-        "--fine", nargs=3, type=float, action="append", required=True, metavar=("STEPS", "RATE", "SITE_WEIGHT")
+        "--fine",
+        nargs=3,
+        type=float,
+        action="append",
+        required=True,
+        metavar=("STEPS", "RATE", "SITE_WEIGHT"),
+        help="0 steps: the search alone",
     )
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    task, rows = TASKS[options.task](), read_results(RESULTS)["metrics"] if RESULTS.exists() else []
-    _, teacher = task.evaluate(task.qcfs(options.seed))
-    for steps, rate, site_weight in options.fine:
-        row = {"task": task.name, "seed": options.seed, "T": options.T}
-        row |= {"steps": int(steps), "rate": rate, "site_weight": site_weight}
-        if any(row.items() <= done.items() for done in rows):
-            continue
-        model = copy.deepcopy(task.qcfs(options.seed)).begin_calibration(options.T)
-        model.load_state_dict(search(task, options.T, options.seed, True)[0])
-        batches = task.calibration_batches(row["steps"], SETTINGS["batch_size"][task.kind], options.seed)
-        train(model, batches, rate, site_weight=site_weight)
-        scores, logits = task.evaluate(model.set_timesteps(options.T))
-        if logits is not None:
-            scores["divergence_from_qcfs"] = float(output_error(logits, teacher, causal=False))
-        rows.append(row | scores | {"commit": commit()})
-        write_results(RESULTS, metrics=rows, configuration={"batch_size": SETTINGS["batch_size"]})
+    task = Glue(options.task, options.unseen) if options.unseen else TASKS[options.task]()
+    rows = read_results(options.output)["metrics"] if options.output.exists() else []
+    for seed in options.seeds:
+        for T in options.T:
+            for row in settings(task, seed, T, options.fine, rows):
+                rows.append(row)
+                write_results(options.output, metrics=rows, configuration={"batch_size": SETTINGS["batch_size"]})
 
 
 if __name__ == "__main__":
