@@ -77,12 +77,24 @@ def quality_tables():
 
 
 def settings_table():
-    rows = []
+    """One row by task, rows judged on, T and settings: means over seeds, and the share of the gap that is closed."""
+    cells = defaultdict(list)
     for row in read_results(RESULTS / "calibration_settings.json")["metrics"]:
         metric = next(name for name in METRICS if name in row)
-        settings = {name.replace("_", " "): row[name] for name in ("steps", "rate", "site_weight")}
-        score = {"score": f"{row[metric]:.2f}", "divergence": f"{row.get('divergence_from_qcfs', 0):.4f}"}
-        rows.append({"task, metric": METRICS[metric], **settings, **score})
+        judged = f"{row['unseen']} of training" if row.get("unseen") else "validation"
+        cells[metric, judged, row["T"], row["steps"], row["rate"], row["site_weight"]].append(row)
+    rows = []
+    for (metric, judged, *settings), found in sorted(cells.items()):
+        row = {"task, metric": METRICS[metric], "judged on": judged}
+        row |= dict(zip(("T", "steps", "rate", "site weight"), settings, strict=True)) | {"seeds": len(found)}
+        row["score"] = spread([each[metric] for each in found])
+        if "divergence_from_qcfs" in found[0]:
+            row["divergence"] = spread([each["divergence_from_qcfs"] for each in found], 4)
+        if all("ends" in each for each in found):
+            ends = [each["ends"]["uncalibrated"][metric] for each in found]
+            gap = sum(each["ends"]["qcfs"][metric] for each in found) - sum(ends)
+            row["closed, %"] = f"{100 * (sum(each[metric] for each in found) - sum(ends)) / gap:.0f}"
+        rows.append(row)
     return markdown_table(rows, digits=2)
 
 

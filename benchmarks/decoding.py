@@ -9,6 +9,13 @@ from benchmarks.common import arguments, fas, report, stock, timed, token_ids
 
 
 PROMPT, NEW, T = 128, 128, 4
+PARTS = {
+    "aten::addmm": "the layers' products",
+    "aten::mm": "the head",
+    "aten::cat": "growing the cache",
+    "aten::scaled_dot_product_attention": "attention",
+    "_IntegrateAndFire": "neurons",
+}
 
 
 class Decoder:
@@ -24,6 +31,17 @@ class Decoder:
 
     def uncached(self) -> None:
         self.model(self.ids, use_cache=False, logits_to_keep=1)
+
+
+def profile(decoder: Decoder, tokens: int = 8) -> dict[str, float]:
+    """Shares of a token's CPU time; what is in no part is Python and small operations."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu) as profiler, torch.profiler.record_function("tokens"):
+        for _ in range(tokens):
+            decoder.cached()
+    events = profiler.key_averages()
+    whole = sum(event.self_cpu_time_total for event in events)
+    return {PARTS[event.key]: event.cpu_time_total / whole for event in events if event.key in PARTS}
 
 
 @torch.inference_mode()
@@ -53,6 +71,10 @@ def main() -> None:
         }
         for name, base, target in pairs
     ]
+    if args.device == "cpu":
+        whose = f"GPT-2 small, batch {batch}, decoding, T = {T}, stepwise, share of a token's time"
+        shares = profile(decoders["stepwise"])
+        rows += [{"measure": f"{whose}: {part}", "target": None, "got": got} for part, got in shares.items()]
     report("decoding", rows, args, median_seconds=median, samples=samples)
 
 
