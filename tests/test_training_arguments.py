@@ -153,3 +153,5 @@ def test_calibration_by_neuron_has_its_own_settings_and_flags_win(script, granul
     assert run.trainer.func is FASCalibrationTrainer
     assert run.trainer.keywords["threshold_learning_rate"] == rate
     assert run.trainer.keywords["loss_settings"] == {"site_weight": weight}
+    recorded = run.training.to_dict()
+    assert (recorded["threshold_learning_rate"], recorded["site_weight"]) == (rate, weight)

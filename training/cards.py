@@ -44,7 +44,8 @@ RECORDED = {
     "num_train_epochs": "epochs",
     "max_steps": "steps",
     "learning_rate": "learning rate",
-    "threshold_learning_rate": "threshold learning rate",
+    "threshold_learning_rate": "of thresholds",
+    "site_weight": "site weight",
     "seed": "seed",
 }
 SETTINGS = ("L", "T", "schedule", "calib_T", "granularity", "initial_threshold", "fas_version", "transformers_version")
@@ -360,6 +361,8 @@ def _record_tables(history: list[Record]) -> str:
     for record in reversed(history):
         row = {"stage": record.setting("model", "stage"), "data": dataset_of(record)[2]}
         row |= {title: record.setting("training", name) for name, title in RECORDED.items()}
+        if row["stage"] == "calibrate":
+            row[RECORDED["learning_rate"]] = None  # of the weights, which are frozen
         stages.append({key: None if value == -1 else _short(value) for key, value in row.items()})
     last = history[0].content
     versions = ", ".join(f"{name} {version}" for name, version in (last.get("versions") or {}).items())

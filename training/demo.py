@@ -2,7 +2,7 @@
 
     python -m training.demo [--output_dir outputs/demo] [any flag of training.convert]
 
-Fine-tunes once with GELU and once with QCFS, runs the latter as a spiking network, calibrates it for T = 4, saves it,
+Fine-tunes once with GELU and once with QCFS, runs the latter as a spiking network, calibrates it for T = 2, saves it,
 and loads it in a new process through the Auto classes alone. Another model or data set is a flag away:
 --model_name_or_path, --train_file and --validation_file, --dataset_name, --task_name.
 """

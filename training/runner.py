@@ -50,6 +50,18 @@ class Run:
     command: list[str]
     starts_calibration: bool = False
 
+    def __post_init__(self):
+        """Write the defaults of the stage into the arguments, so that the results record what was used."""
+        rate = THRESHOLD_LEARNING_RATES.get((self.script, self.stage))
+        weight = None
+        if self.stage == "calibrate":
+            measured, weight = CALIBRATION_SETTINGS[self.script]
+            rate = rate if self.model.granularity == "position" else measured
+        if self.training.threshold_learning_rate is None:
+            self.training.threshold_learning_rate = rate
+        if self.training.site_weight is None:
+            self.training.site_weight = weight
+
     @property
     def stage(self) -> str:
         return self.model.stage
@@ -59,22 +71,13 @@ class Run:
         return self.stage != "baseline"
 
     @property
-    def threshold_learning_rate(self) -> float | None:
-        if self.training.threshold_learning_rate is not None:
-            return self.training.threshold_learning_rate
-        if self.stage == "calibrate" and self.model.granularity != "position":
-            return CALIBRATION_SETTINGS[self.script][0]
-        return THRESHOLD_LEARNING_RATES.get((self.script, self.stage))
-
-    @property
     def trainer(self) -> Any:
         """Trainer of the stage, but for the model, the data and what goes with them."""
-        settings: dict[str, Any] = {"args": self.training, "threshold_learning_rate": self.threshold_learning_rate}
+        settings: dict[str, Any] = {"args": self.training}
+        settings["threshold_learning_rate"] = self.training.threshold_learning_rate
         if self.stage != "calibrate":
             return partial(FASTrainer, **settings)
-        weight = self.training.site_weight
-        weight = CALIBRATION_SETTINGS[self.script][1] if weight is None else weight
-        return partial(FASCalibrationTrainer, loss_settings={"site_weight": weight}, **settings)
+        return partial(FASCalibrationTrainer, loss_settings={"site_weight": self.training.site_weight}, **settings)
 
 
 def text_length(run: Run, flag: str) -> int:
