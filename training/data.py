@@ -59,6 +59,9 @@ def _load_folder(folder: Path, name: str | None, streaming: bool):
     if (folder / "dataset_dict.json").is_file():
         saved = load_from_disk(str(folder))
         return {split: each.to_iterable_dataset() for split, each in saved.items()} if streaming else saved
+    files = {path.stem: str(path) for path in sorted(folder.glob("*.parquet"))}
+    if any(split.endswith("matched") for split in files):  # MNLI's: datasets would join them into one split
+        return load_dataset("parquet", data_files=files, streaming=streaming)
     described = name if (folder / "README.md").is_file() and "configs:" in (folder / "README.md").read_text() else None
     return load_dataset(str(folder), described, streaming=streaming)
 

@@ -171,7 +171,11 @@ def load_model(run: Run, stock_class: Any, spiking_class: Any, **settings: Any) 
     if run.model.model_name_or_path is None:
         return model_class(run.config)
     model = model_class.from_pretrained(
-        run.model.model_name_or_path, config=run.config, revision=run.model.model_revision, dtype="float32"
+        run.model.model_name_or_path,
+        config=run.config,
+        revision=run.model.model_revision,
+        dtype="float32",
+        ignore_mismatched_sizes=run.stage != "calibrate",  # a head for other labels starts anew, with a warning
     )
     if run.stage == "calibrate":
         _begin_calibration(run, model)
