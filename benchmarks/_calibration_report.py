@@ -37,6 +37,11 @@ def spread(values, digits=2):
     return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
+def closed(ends):
+    """Share of the gap that is closed, in per cent, from a pair of gain and gap by seed."""
+    return f"{100 * sum(gain for gain, _ in ends) / sum(gap for _, gap in ends):.0f}"
+
+
 def quality_tables():
     """One table by task and metric: variants by timesteps, mean and standard deviation over seeds; the gap closed."""
     found = defaultdict(lambda: defaultdict(list))
@@ -67,7 +72,7 @@ def quality_tables():
                     ends = cell["ends", variant, T]
                     gap = sum(end[1] for end in ends)
                     if variant != "uncalibrated" and (gap < 0 if metric.endswith("perplexity") else gap > 0):
-                        row[f"T = {T}"] += f" ({100 * sum(end[0] for end in ends) / gap:.0f} %)"
+                        row[f"T = {T}"] += f" ({closed(ends)} %)"
             rows.append(row)
         seeds = len(cell["uncalibrated", 4])
         columns = ["", "steps", "ANN", *(f"T = {T}" for T in (1, 2, 4, 8) if cell["uncalibrated", T])]
@@ -91,9 +96,10 @@ def settings_table():
         if "divergence_from_qcfs" in found[0]:
             row["divergence"] = spread([each["divergence_from_qcfs"] for each in found], 4)
         if all("ends" in each for each in found):
-            ends = [each["ends"]["uncalibrated"][metric] for each in found]
-            gap = sum(each["ends"]["qcfs"][metric] for each in found) - sum(ends)
-            row["closed, %"] = f"{100 * (sum(each[metric] for each in found) - sum(ends)) / gap:.0f}"
+            triples = [
+                (each["ends"]["uncalibrated"][metric], each[metric], each["ends"]["qcfs"][metric]) for each in found
+            ]
+            row["closed, %"] = closed([(score - low, high - low) for low, score, high in triples])
         rows.append(row)
     return markdown_table(rows, digits=2)
 

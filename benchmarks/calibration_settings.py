@@ -45,9 +45,8 @@ def settings(task, seed, T, wanted, done):
     for row in wanted:
         model = copy.deepcopy(ann).begin_calibration(T)
         model.load_state_dict(search(task, T, seed, True)[0])
-        if row["steps"]:
-            batches = task.calibration_batches(row["steps"], SETTINGS["batch_size"][task.kind], seed)
-            train(model, batches, row["rate"], site_weight=row["site_weight"])
+        batches = task.calibration_batches(row["steps"], SETTINGS["batch_size"][task.kind], seed)
+        train(model, batches, row["rate"], site_weight=row["site_weight"])
         yield row | judged(task, model.set_timesteps(T), teacher)[0] | {"ends": ends, "commit": commit()}
 
 
@@ -58,16 +57,12 @@ def main():
     parser.add_argument("--T", nargs="+", type=int, default=[4])
     parser.add_argument("--unseen", type=int, default=0, help="judge SST-2 on so many training rows (0: validation)")
     parser.add_argument(
-        "--fine",
-        nargs=3,
-        type=float,
-        action="append",
-        required=True,
-        metavar=("STEPS", "RATE", "SITE_WEIGHT"),
-        help="0 steps: the search alone",
+        "--fine", nargs=3, type=float, action="append", required=True, metavar=("STEPS", "RATE", "SITE_WEIGHT")
     )
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.unseen and options.task != "sst2":
+        parser.error(f"--unseen needs training rows that the GELU model never saw: --task sst2, got {options.task}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))

@@ -51,7 +51,7 @@ def main() -> None:
     for name in models:
         changed = int((decoders[name, "eager"].ids != decoders[name, "compiled"].ids).sum())
         tokens = f"{name}, tokens of {batch * NEW} (random weights) that compiling changed"
-        rows.append({"measure": tokens, "target": None, "got": changed})
+        rows.append({"measure": tokens, "target": 0, "got": changed})
     report(
         "decoding_compiled",
         rows,

@@ -44,7 +44,7 @@ RECORDED = {
     "num_train_epochs": "epochs",
     "max_steps": "steps",
     "learning_rate": "learning rate",
-    "threshold_learning_rate": "of thresholds",
+    "threshold_learning_rate": "threshold learning rate",
     "site_weight": "site weight",
     "seed": "seed",
 }

@@ -166,6 +166,7 @@ def load_model(run: Run, stock_class: Any, spiking_class: Any, **settings: Any) 
         **settings: Of the configuration.
     """
     model_class = spiking_class if run.spiking else stock_class
+    labels = run.config.num_labels
     for name, value in settings.items():
         setattr(run.config, name, value)
     if run.model.model_name_or_path is None:
@@ -175,7 +176,7 @@ def load_model(run: Run, stock_class: Any, spiking_class: Any, **settings: Any) 
         config=run.config,
         revision=run.model.model_revision,
         dtype="float32",
-        ignore_mismatched_sizes=run.stage != "calibrate",  # a head for other labels starts anew, with a warning
+        ignore_mismatched_sizes=run.config.num_labels != labels,  # the head starts anew, with a warning
     )
     if run.stage == "calibrate":
         _begin_calibration(run, model)
