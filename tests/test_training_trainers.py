@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from configuration_fas import FASBertConfig, FASGPT2Config
-from modeling_fas import MIN_THRESHOLD, FASBertForMaskedLM, FASBertForSequenceClassification, FASGPT2LMHeadModel
+from modeling_fas import FASBertForMaskedLM, FASBertForSequenceClassification, FASGPT2LMHeadModel
+from neurons_fas import MIN_THRESHOLD
 from training.arguments import THRESHOLD_LEARNING_RATES, FASTrainingArguments
 from training.checkpoints import whole_or_nothing
 from training.trainers import FASCalibrationTrainer, FASTrainer

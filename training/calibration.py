@@ -17,7 +17,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn import functional as F
 
-from modeling_fas import MIN_THRESHOLD
+from neurons_fas import MIN_THRESHOLD
 
 from .results import write_json
 

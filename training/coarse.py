@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from modeling_fas import MIN_THRESHOLD, FASNeuron, spike_rate
+from neurons_fas import MIN_THRESHOLD, FASNeuron, spike_rate
 
 from .calibration import (
     check_calibratable,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import BertModel, GPT2Model
 
-from modeling_fas import MIN_THRESHOLD
+from neurons_fas import MIN_THRESHOLD
 
 
 # Values handled at a time: what a monitor needs beside its counts, four bytes each.
