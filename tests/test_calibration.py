@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import tiny
-from training.calibration import (
+from training.calibrate.coarse import coarse_search, set_pair
+from training.calibrate.folding import fold_thresholds
+from training.calibrate.loss import (
     calibration_loss,
     describe_sites,
-    fold_thresholds,
     freeze_for_calibration,
     save_record,
 )
-from training.coarse import coarse_search, set_pair
 
 
 GRANULARITIES = ("layer", "neuron", "position")

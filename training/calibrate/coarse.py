@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from modeling_fas import MIN_THRESHOLD, FASNeuron, spike_rate
 
-from .calibration import (
+from .loss import (
     check_calibratable,
     describe_sites,
     output_error,
