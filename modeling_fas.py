@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -542,6 +543,27 @@ class _FASMixin(PreTrainedModel):
             raise
         self._sync_neurons()
         return self
+
+    @contextmanager
+    def running(self, T: int, schedule: str | None = None):
+        """Run the model with T timesteps inside the context; after it, also after an error, as before.
+
+        Args:
+            T (`int`): timesteps, 0 for the quantised ANN.
+            schedule (`str`, *optional*): as in [`set_timesteps`].
+
+        Yields:
+            The model.
+
+        Raises:
+            ValueError: as [`set_timesteps`].
+        """
+        before = self.config.T, self.config.schedule
+        self.set_timesteps(T, schedule)
+        try:
+            yield self
+        finally:
+            self.set_timesteps(*before)
 
     def begin_calibration(self, T: int, granularity: str = "neuron", length: int | None = None):
         """Give every site fine thresholds equal to its threshold and initial potentials of 1/2; returns the model.

@@ -96,9 +96,10 @@ def calibration_loss(
     if "use_cache" in inspect.signature(core.forward).parameters:
         given["use_cache"] = False
 
-    with torch.no_grad(), recorded(core, 0) as targets:
+    with torch.no_grad(), core.running(0), recorded(core) as targets:
         teacher_logits = model(**given)["logits"]
-    with recorded(core, core.config.calib_T) as averages:
+    core.set_timesteps(core.config.calib_T)
+    with recorded(core) as averages:
         logits = model(**given)["logits"]
     if torch.is_grad_enabled() and any(
         neuron.fine_threshold.requires_grad and not averages[name].requires_grad for name, neuron in core.neurons()
@@ -216,8 +217,8 @@ def variance_over_time(average: torch.Tensor, threshold: torch.Tensor) -> torch.
 
 
 @contextmanager
-def recorded(model: Any, T: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Run the model at T timesteps and record the time average of what every site emits, `(B, …)`, by name."""
+def recorded(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Record the time average of what every site emits, `(B, …)`, by name."""
     record: dict[str, torch.Tensor] = {}
 
     def hook(name):
@@ -227,7 +228,6 @@ def recorded(model: Any, T: int) -> Iterator[dict[str, torch.Tensor]]:
 
         return keep
 
-    model.set_timesteps(T)
     handles = [neuron.register_forward_hook(hook(name)) for name, neuron in model.neurons()]
     try:
         yield record
