@@ -6,7 +6,7 @@ import torch
 
 from configuration_fas import FASGPT2Config
 from modeling_fas import FASGPT2LMHeadModel
-from training.energy import energy_report
+from training.evaluate import energy_report
 from training.results import markdown_table, write_results
 
 

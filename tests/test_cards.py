@@ -10,17 +10,16 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from checkpoints import MODELS, tiny_checkpoint, tiny_results
-from training.cards import (
+from training.publish.card import (
     TEMPLATE,
     CardOptions,
     Record,
     build_card,
     inherited_options,
     lineage,
-    main,
     read_sources,
-    rewrite_card,
 )
+from training.publish.cards import main, rewrite_card
 from training.results import fingerprint, write_json, write_results
 
 

@@ -116,3 +116,24 @@ def test_a_model_and_its_configuration_never_disagree(kind):
             model.set_timesteps(*wrong)
         assert (model.config.T, model.config.schedule) == (5, "layerwise")
         assert {(neuron.T, neuron.schedule) for _, neuron in model.neurons()} == {(5, "layerwise")}
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_running_is_for_a_while_also_when_it_fails(kind):
+    def settings():
+        return {(each.T, each.schedule) for each in (model.config, *(neuron for _, neuron in model.neurons()))}
+
+    model = tiny.model(kind).set_timesteps(5, "layerwise")
+    with model.running(2) as running:
+        assert running is model and settings() == {(2, "layerwise")}
+        with model.running(0, "stepwise"):
+            assert settings() == {(0, "stepwise")}
+        assert settings() == {(2, "layerwise")}
+        model.set_timesteps(7)
+    assert settings() == {(5, "layerwise")}
+    with pytest.raises(KeyError), model.running(3, "stepwise"):
+        raise KeyError
+    assert settings() == {(5, "layerwise")}
+    with pytest.raises(ValueError, match="must be"), model.running(3, "sideways"):
+        pass
+    assert settings() == {(5, "layerwise")}

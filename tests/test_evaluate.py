@@ -10,13 +10,11 @@ import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 import tiny
-import training.measurement
 from modeling_fas import FASBertForMaskedLM, FASBertForSequenceClassification, FASGPT2LMHeadModel
-from training.energy import energy_report
-from training.evaluate import main
-from training.examples import windows
-from training.measurement import early_exit_curve, evaluate, make_batches
-from training.monitors import SpikeMonitor
+from training.evaluate import SpikeMonitor, energy_report, measurement
+from training.evaluate.command import main
+from training.evaluate.examples import windows
+from training.evaluate.measurement import early_exit_curve, evaluate, make_batches
 from training_helpers import save_bert, save_gpt2, write_corpus, write_lines, write_reviews
 
 
@@ -159,8 +157,8 @@ def test_interrupted_it_goes_on_with_what_is_missing(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, examples, **settings, on_result=interrupt)
     measured = []
-    measure = training.measurement._measure
-    monkeypatch.setattr(training.measurement, "_measure", lambda *args: measured.append(args[2]) or measure(*args))
+    measure = measurement._measure
+    monkeypatch.setattr(measurement, "_measure", lambda *args: measured.append(args[2]) or measure(*args))
     rest = evaluate(model, examples, **settings, finished=saved[-1])
     assert [str(mode) for mode in measured] == ["layerwise T = 1", "layerwise T = 2"]
     untimed = [[{**row, "seconds": None} for row in results["rows"]] for results in (rest, whole)]
@@ -307,20 +305,20 @@ def test_command_line_for_a_language_model(folder, tmp_path):
 
 
 def test_interrupted_command_line_keeps_rows(folder, tmp_path, monkeypatch):
-    measure = training.measurement._measure
+    measure = measurement._measure
 
     def interrupted(model, batches, mode, *args):
         if mode.schedule == "layerwise":
             raise KeyboardInterrupt
         return measure(model, batches, mode, *args)
 
-    monkeypatch.setattr(training.measurement, "_measure", interrupted)
+    monkeypatch.setattr(measurement, "_measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(folder, CLASSIFIER, out=tmp_path)
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["status"] == "partial"
     assert len(kept["metrics"]["rows"]) == 3
-    monkeypatch.setattr(training.measurement, "_measure", measure)
+    monkeypatch.setattr(measurement, "_measure", measure)
     results = run(folder, CLASSIFIER, out=tmp_path)
     assert results["status"] == "complete"
     assert results["metrics"]["rows"][:3] == kept["metrics"]["rows"]

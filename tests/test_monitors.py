@@ -5,8 +5,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny
-import training.monitors
-from training.monitors import RATE_BINS, SiteErrors, SpikeMonitor
+from training.evaluate import monitors
+from training.evaluate.monitors import RATE_BINS, SiteErrors, SpikeMonitor
 
 
 TOKENS = 9 + 6 + 4  # of the batch, without padding
@@ -38,7 +38,7 @@ def calibrate(model, granularity):
 @pytest.mark.parametrize("granularity", [None, "layer", "neuron", "position"])
 @pytest.mark.parametrize("schedule", ["stepwise", "layerwise"])
 def test_counts_are_those_of_all_activations(kind, granularity, schedule, monkeypatch):
-    monkeypatch.setitem(training.monitors.CHUNK, "cpu", 100)  # several chunks
+    monkeypatch.setitem(monitors.CHUNK, "cpu", 100)  # several chunks
     model, batch, T = tiny.model(kind), tiny.batch(kind), 3
     if granularity:
         calibrate(model, granularity)

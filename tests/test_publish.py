@@ -13,12 +13,12 @@ from huggingface_hub import HfApi, ModelCard
 from checkpoints import tiny_checkpoint
 from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, local_client, running_hub
 from modeling_fas import FASBertForSequenceClassification
-from training import publish as publishing
-from training import verification
-from training.cards import CardOptions, build_card, read_sources
-from training.publish import PublishError, portable_tokenizer_settings, publish, stage, upload
+from training.publish import upload as publishing
+from training.publish import verification
+from training.publish.card import CardOptions, build_card, read_sources
+from training.publish.upload import PublishError, portable_tokenizer_settings, publish, stage, upload
+from training.publish.verification import VerificationError, check_code, check_files, is_plain_name
 from training.results import fingerprint, write_results
-from training.verification import VerificationError, check_code, check_files, is_plain_name
 
 
 REPO = "tester/tiny"
@@ -194,7 +194,7 @@ def test_file_checks_pass_an_intact_folder(staged):
 
 def test_weights_other_than_the_model_in_memory_are_refused(folder, monkeypatch):
     """The comparison itself; that the other process gives these logits is tested end to end."""
-    from training import clean_load
+    from training.publish import clean_load
 
     model = FASBertForSequenceClassification.from_pretrained(folder)
     found = clean_load.probe_logits(model), clean_load.token_ids(folder)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from checkpoints import tiny_checkpoint
 from hub_server import WRITE_TOKEN, Fault, local_client, running_hub
-from training.clean_load import probe_logits
 from training.publish import publish
+from training.publish.clean_load import probe_logits
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -153,7 +153,7 @@ sys.path.insert(0, {str(REPOSITORY / "tests")!r})
 from pathlib import Path
 from transformers import Trainer, TrainingArguments
 from checkpoints import tiny_checkpoint, tiny_tokenizer, tiny_results
-from training.clean_load import probe_logits
+from training.publish.clean_load import probe_logits
 from training.publish import publish
 from training.publish import PublishMixin
 from safetensors.torch import save_file

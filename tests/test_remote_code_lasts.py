@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 
 from checkpoints import MODELS, tiny_checkpoint
-from training.clean_load import auto_class_name, probe_logits
+from training.publish.clean_load import auto_class_name, probe_logits
 
 
 FROZEN = Path(__file__).parent / "frozen"
@@ -62,7 +62,7 @@ for folder, model in models.items():
 @pytest.mark.slow
 def test_two_versions_in_one_process_keep_their_own_behaviour(tmp_path, run_outside):
     """The older one takes every threshold for 0.9 at least; it is loaded before and after the other."""
-    from training import clean_load
+    from training.publish import clean_load
 
     model = tiny_checkpoint(tmp_path / "new", "classifier", results=False)
     old = shutil.copytree(tmp_path / "new", tmp_path / "old")

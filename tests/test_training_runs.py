@@ -10,8 +10,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
 from training import convert, run_clm, run_glue, run_mlm
+from training.calibrate.coarse import VARIANCE_WEIGHTS
+from training.calibrate.command import main as calibrate
 from training.checkpoints import checkpoints, is_complete
-from training.coarse import VARIANCE_WEIGHTS
 from training.results import read_results
 from training.trainers import FASTrainer
 from training_helpers import (
@@ -270,3 +271,17 @@ def test_every_recipe_is_made_of_known_flags(recipe, tmp_path):
         stages = {"run_clm": run_clm.STAGES, "run_mlm": ("full",), "run_glue": ("baseline", "downstream", "calibrate")}
         model.check(script.removeprefix("run_"), stages[script], training.do_eval)
         training.check(data.streaming)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "script"), [(["FASBertForSequenceClassification"], run_glue), (["FASGPT2LMHeadModel"], run_clm)]
+)
+def test_calibrate_runs_the_script_of_the_checkpoint(tmp_path, monkeypatch, architectures, script):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": architectures}))
+    given = ["--model_name_or_path", str(tmp_path), "--calib_T", "2", "--output_dir", "out"]
+    monkeypatch.setattr(script, "main", lambda argv: argv)
+    assert calibrate([*given, "--do_train"]) == [*given, "--do_train", "--stage", "calibrate"]
+    with pytest.raises(ValueError, match="--model_name_or_path"):
+        calibrate(given[2:])
+    with pytest.raises(ValueError, match="must be a FAS checkpoint, got 'nowhere'"):
+        calibrate(["--model_name_or_path", "nowhere", *given[2:]])

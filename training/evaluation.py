@@ -14,7 +14,7 @@ from transformers import Trainer
 from configuration_fas import SCHEDULES
 
 from .data import AnyDataset
-from .monitors import SpikeMonitor
+from .evaluate.monitors import SpikeMonitor
 
 
 logger = logging.getLogger(__name__)

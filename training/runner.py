@@ -22,9 +22,9 @@ from .arguments import (
     ModelArguments,
     parse_arguments,
 )
-from .calibration import RECORD_FILE, describe_sites, save_record
+from .calibrate.coarse import start_calibration
+from .calibrate.loss import RECORD_FILE, describe_sites, save_record
 from .checkpoints import checkpoint_to_resume, remove_checkpoints
-from .coarse import start_calibration
 from .data import AnyDataset, blocks
 from .evaluation import evaluate_modes
 from .results import markdown_table, read_results, write_results

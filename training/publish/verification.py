@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from training import clean_load
-from training.results import fingerprint
+from ..results import fingerprint
+from . import clean_load
 
 
 CODE_FILES = ("configuration_fas.py", "modeling_fas.py")

@@ -238,6 +238,6 @@ def _share(argument: str, shares: float | Mapping[str, float] | None, site: str)
     if share is None or not 0 <= share <= 1:
         raise ValueError(
             f"`{argument}` must hold a number from 0 to 1 for the site {site!r}, got {share!r}. "
-            "Measure it with `training.monitors.SpikeMonitor`."
+            "Measure it with `training.evaluate.SpikeMonitor`."
         )
     return float(share)

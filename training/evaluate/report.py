@@ -1,6 +1,6 @@
 """The report on a results file of `training.evaluate`: Markdown, plots, and one HTML file with all of it.
 
-python -m training.report report/results.json
+python -m training.evaluate.report report/results.json
 """
 
 import argparse
@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..results import markdown_table, read_results
 from .energy import NOT_COUNTED
-from .results import markdown_table, read_results
 
 
 PARTS = {
@@ -279,7 +279,9 @@ def _html(results: Mapping[str, Any], plots: Mapping[str, Path]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Write the report on the results file given."""
-    parser = argparse.ArgumentParser(prog="python -m training.report", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate.report", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("results", help="results.json of training.evaluate")
     return write_report(parser.parse_args(argv).results)
 

@@ -17,9 +17,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn import functional as F
 
-from neurons_fas import MIN_THRESHOLD
-
-from .results import write_json
+from ..results import write_json
 
 
 RECORD_FILE = "calibration.json"
@@ -98,9 +96,10 @@ def calibration_loss(
     if "use_cache" in inspect.signature(core.forward).parameters:
         given["use_cache"] = False
 
-    with torch.no_grad(), recorded(core, 0) as targets:
+    with torch.no_grad(), core.running(0), recorded(core) as targets:
         teacher_logits = model(**given)["logits"]
-    with recorded(core, core.config.calib_T) as averages:
+    core.set_timesteps(core.config.calib_T)
+    with recorded(core) as averages:
         logits = model(**given)["logits"]
     if torch.is_grad_enabled() and any(
         neuron.fine_threshold.requires_grad and not averages[name].requires_grad for name, neuron in core.neurons()
@@ -218,8 +217,8 @@ def variance_over_time(average: torch.Tensor, threshold: torch.Tensor) -> torch.
 
 
 @contextmanager
-def recorded(model: Any, T: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Run the model at T timesteps and record the time average of what every site emits, `(B, …)`, by name."""
+def recorded(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Record the time average of what every site emits, `(B, …)`, by name."""
     record: dict[str, torch.Tensor] = {}
 
     def hook(name):
@@ -229,7 +228,6 @@ def recorded(model: Any, T: int) -> Iterator[dict[str, torch.Tensor]]:
 
         return keep
 
-    model.set_timesteps(T)
     handles = [neuron.register_forward_hook(hook(name)) for name, neuron in model.neurons()]
     try:
         yield record
@@ -290,44 +288,3 @@ def output_error(
     if causal:
         mask, tokens = mask[:, :-1] & mask[:, 1:], tokens - rows
     return divergence.masked_fill(~mask, 0).sum() / tokens
-
-
-@torch.no_grad()
-def fold_thresholds(model: Any) -> None:
-    """Multiply every (fine) threshold into the weight that follows its site, in place: what travels is then 0 or 1.
-
-    `W · (θ s) = (W θ) s`, so the outputs stay what they were, up to rounding, in every mode. The transform of the
-    masked language modelling head keeps its threshold, since a norm follows it.
-
-    Raises:
-        ValueError: at granularity `"position"`, where a weight would have to know the position; for a model that is
-            folded already; or for a bare BERT with a pooler, whose head is elsewhere.
-    """
-    if model.config.folded:
-        raise ValueError("`model` must not be folded already.")
-    if model.config.calib_T is not None and model.config.granularity == "position":
-        raise ValueError(
-            "`granularity` must be 'neuron' or 'layer' to fold, got 'position': a weight serves all positions. "
-            "Calibrate with granularity 'neuron'."
-        )
-    if model.config.backbone == "bert" and not hasattr(model, "cls") and not hasattr(model, "classifier"):
-        raise ValueError(f"`model` must have its head, which the pooler folds into, got {type(model).__name__}.")
-    for name, neuron in model.neurons():
-        weight, inputs_first = _following(model, name)
-        if weight is None:
-            continue
-        threshold = neuron.threshold if neuron.fine_threshold is None else neuron.fine_threshold
-        threshold = threshold.clamp(MIN_THRESHOLD)
-        weight.mul_(threshold[:, None] if inputs_first and len(threshold) > 1 else threshold)
-        neuron.folded = True
-    model.config.folded = True
-
-
-def _following(model: Any, name: str) -> tuple[nn.Parameter | None, bool]:
-    """Weight that follows a site, and whether its inputs come first; none where a norm follows."""
-    if name.endswith("mlp.act"):
-        return model.get_submodule(name.removesuffix("act") + "c_proj").weight, True
-    if name.endswith("intermediate_act_fn"):
-        layer = name.removesuffix(".intermediate.intermediate_act_fn")
-        return model.get_submodule(f"{layer}.output.dense").weight, False
-    return (model.classifier.weight if name.endswith("pooler.activation") else None), False

@@ -1,14 +1,8 @@
-"""The model card of a checkpoint, written from its results files and its configuration, never by hand.
+"""The model card of a checkpoint, written from its results files and its configuration, never by hand."""
 
-`python -m training.cards FOLDER REPO_ID CARD.md` writes one without publishing anything, and beside it `CARD.json`:
-the files it was made from, whole. `python -m training.cards CARD.json` makes the same card from that file alone.
-"""
-
-import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +10,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from training.clean_load import auto_class_name
-from training.results import markdown_table, read_results, write_json
-from training.verification import REPORT, VerificationError, check_report
+from ..results import markdown_table, read_results
+from .clean_load import auto_class_name
+from .verification import REPORT
 
 
-TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
 PIPELINES = {
     "AutoModel": "feature-extraction",
     "AutoModelForCausalLM": "text-generation",
@@ -407,53 +401,3 @@ def _what_spikes(backbone: str, auto_class: str) -> str:
         return "the activation in the MLP of every block"
     last = "the masked-LM head's transform" if auto_class == "AutoModelForMaskedLM" else "the pooler"
     return f"the activation in the MLP of every layer and that of {last}"
-
-
-def write_card(folder: Path, repo_id: str, options: CardOptions, path: Path) -> None:
-    """Write the card of a checkpoint folder, and beside it, as JSON, the files it was made from.
-
-    Raises:
-        VerificationError: if the folder holds a report of other weights.
-    """
-    check_report(folder)
-    sources, options = read_sources(folder), inherited_options(folder, options)
-    write_json(path.with_suffix(".json"), {"repo_id": repo_id, "options": options, "sources": sources})
-    build_card(sources, repo_id, options).save(path)
-
-
-def rewrite_card(path: Path) -> None:
-    """Write a card again from the JSON file beside it."""
-    content = read_results(path)
-    card = build_card(Sources.from_json(content["sources"]), content["repo_id"], CardOptions(**content["options"]))
-    card.save(path.with_suffix(".md"))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.cards",
-        description="Write the card of a checkpoint, and beside it, as JSON, the results files it is made from.",
-    )
-    parser.add_argument(
-        "folder", type=Path, help="checkpoint; or the JSON file beside a card, to write that card again"
-    )
-    parser.add_argument("repo_id", nargs="?", help="user/name or organisation/name on the Hub")
-    parser.add_argument("card", type=Path, nargs="?", help="file to write, NAME.md; NAME.json goes beside it")
-    parser.add_argument("--license", help="of the weights; by default that of an existing card or base model")
-    parser.add_argument("--language", nargs="+", help="ISO codes; by default those of an existing card")
-    parser.add_argument("--base-model", help="name of the base model on the Hub, where the record has a local path")
-    args = parser.parse_args(argv)
-    if args.folder.is_file() and args.repo_id is None:
-        rewrite_card(args.folder)
-        return 0
-    if args.card is None or args.card.suffix != ".md":
-        parser.error(f"`card` must be a file NAME.md to write, got {args.card}.")
-    try:
-        options = CardOptions(license=args.license, language=args.language, base_model=args.base_model)
-        write_card(args.folder, args.repo_id, options, args.card)
-    except VerificationError as error:
-        parser.error(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Probe logits of a checkpoint; as a script, those of a folder loaded by remote code alone.
 
-`training.verification` runs this file by its path in a fresh process that knows neither the repository nor a token:
-it may import nothing of the project.
+`verification` runs this file by its path in a fresh process that knows neither the repository nor a token: it may
+import nothing of the project.
 """
 
 import json

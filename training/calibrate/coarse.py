@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from neurons_fas import MIN_THRESHOLD, FASNeuron, spike_rate
 
-from .calibration import (
+from .loss import (
     check_calibratable,
     describe_sites,
     output_error,
@@ -87,7 +87,7 @@ def coarse_search(
         raise ValueError("`per_neuron` needs granularity 'neuron' or 'position', got a model calibrated by 'layer'.")
     model.eval()
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    with recorded(model, 0) as targets:
+    with model.running(0), recorded(model) as targets:
         teacher = model(**inputs)["logits"]
     mask = real_tokens(inputs, teacher)
     rows = mask.flatten().nonzero().squeeze(-1)

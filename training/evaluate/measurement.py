@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from configuration_fas import SCHEDULES
 
+from ..metrics import METRICS
 from .energy import AC_PJ, MAC_PJ, energy_report
-from .metrics import METRICS
 from .monitors import SiteErrors, SpikeMonitor
 
 

@@ -18,12 +18,12 @@ from transformers.utils import logging
 from configuration_fas import SCHEDULES, FASConfig
 from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
 
-from .arguments import check_writable
+from ..arguments import check_writable
+from ..results import fingerprint, plain, read_results, write_results
 from .energy import AC_PJ, MAC_PJ
 from .examples import load_examples
 from .measurement import check_timesteps, evaluate
 from .report import write_report
-from .results import fingerprint, plain, read_results, write_results
 
 
 logger = logging.get_logger(__name__)
@@ -180,10 +180,3 @@ def earlier_results(path: Path, configuration: dict[str, Any], overwrite: bool) 
         f"`--output_dir` must be empty or hold an interrupted run of the same settings, got {str(path)!r} with "
         "others. Choose another folder, or add --overwrite_output_dir to replace the results in it."
     )
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
