@@ -66,13 +66,13 @@ class Product:
         name: In reports.
         weights: Paths of the linear layers, as in [`Site`]; none for `scores` and `values`.
         pooled: Runs once a sequence, not once a token, where the head judges whole sequences.
-        head: Gives the logits.
+        once: Runs once in the stepwise schedule too, before time begins or when it has ended.
     """
 
     name: str
     weights: tuple[str, ...] = ()
     pooled: bool = False
-    head: bool = False
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ _ENCODER_HEADS = ("MaskedLM", "SequenceClassification", "TokenClassification", "
 _DECODER_HEADS = ("CausalLM", "SequenceClassification")
 _ATTENTION = (Product("scores"), Product("values"))
 _HEADS = (
-    Product("head", ("lm_head",), head=True),
-    Product("head", ("score",), head=True),
-    Product("head", ("qa_outputs",), head=True),
+    Product("head", ("lm_head",), once=True),
+    Product("head", ("score",), once=True),
+    Product("head", ("qa_outputs",), once=True),
 )
 
 
@@ -190,7 +190,7 @@ BACKBONES: dict[str, Backbone] = {
             Product("mlp in", ("mlp.c_fc",)),
             Product("mlp out", ("mlp.c_proj",)),
         ),
-        outer_products=(*_HEADS, Product("head", ("classifier",), head=True)),
+        outer_products=(*_HEADS, Product("head", ("classifier",), once=True)),
         causal=True,
     ),
     "bert": _bert(
@@ -204,8 +204,8 @@ BACKBONES: dict[str, Backbone] = {
         outer_products=(
             Product("pooler", ("pooler.dense",), pooled=True),
             Product("transform", ("cls.predictions.transform.dense",)),
-            Product("head", ("cls.predictions.decoder",), head=True),
-            Product("head", ("classifier",), pooled=True, head=True),
+            Product("head", ("cls.predictions.decoder",), once=True),
+            Product("head", ("classifier",), pooled=True, once=True),
             *_HEADS,
         ),
         time_ends="cls.predictions.transform",
@@ -215,11 +215,11 @@ BACKBONES: dict[str, Backbone] = {
         "Roberta",
         outer_products=(
             Product("pooler", ("pooler.dense",), pooled=True),
-            Product("transform", ("classifier.dense",), pooled=True),
-            Product("transform", ("lm_head.dense",)),
-            Product("head", ("lm_head.decoder",), head=True),
-            Product("head", ("classifier.out_proj",), pooled=True, head=True),
-            Product("head", ("classifier",), pooled=True, head=True),
+            Product("transform", ("classifier.dense",), pooled=True, once=True),
+            Product("transform", ("lm_head.dense",), once=True),
+            Product("head", ("lm_head.decoder",), once=True),
+            Product("head", ("classifier.out_proj",), pooled=True, once=True),
+            Product("head", ("classifier",), pooled=True, once=True),
             *_HEADS[2:],
         ),
         positions=-2,
@@ -240,9 +240,9 @@ BACKBONES: dict[str, Backbone] = {
         outer_sites=(Site("activation", "hidden_size", group="transform"),),
         outer_products=(
             Product("transform", ("vocab_transform",)),
-            Product("head", ("vocab_projector",), head=True),
-            Product("transform", ("pre_classifier",), pooled=True),
-            Product("head", ("classifier",), pooled=True, head=True),
+            Product("head", ("vocab_projector",), once=True),
+            Product("transform", ("pre_classifier",), pooled=True, once=True),
+            Product("head", ("classifier",), pooled=True, once=True),
             *_HEADS,
         ),
         time_ends="vocab_layer_norm",
@@ -262,7 +262,11 @@ BACKBONES: dict[str, Backbone] = {
             Product("mlp out", ("fc2",)),
         ),
         trunk="decoder",
-        outer_products=(Product("project in", ("project_in",)), Product("project out", ("project_out",)), *_HEADS),
+        outer_products=(
+            Product("project in", ("decoder.project_in",), once=True),
+            Product("project out", ("decoder.project_out",)),
+            *_HEADS,
+        ),
         causal=True,
     ),
     "llama": _llama("Llama", "Llama"),

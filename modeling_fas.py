@@ -34,8 +34,7 @@ except ImportError:
 
 def place_sites(model: PreTrainedModel, table: Backbone) -> None:
     """Put a neuron at every site of the table that the model has, and let its parts initialise neurons."""
-    blocks = _trunk(model, table).get_submodule(table.blocks)
-    for block in blocks:
+    for block in trunk(model).get_submodule(table.blocks):
         for site in table.sites:
             _place(model, block, site)
     for site in table.outer_sites:
@@ -46,7 +45,7 @@ def place_sites(model: PreTrainedModel, table: Backbone) -> None:
     for module in model.modules():
         # transformers asks every pretrained part of a model to initialise what is below it.
         if isinstance(module, PreTrainedModel) and not isinstance(module, FASMixin):
-            module._init_weights = functools.partial(_init_weights, module._init_weights)
+            vars(module)["_init_weights"] = functools.partial(_init_weights, module._init_weights)
 
 
 def _place(model: PreTrainedModel, parent: nn.Module, site: Site) -> None:
@@ -73,15 +72,16 @@ def _init_weights(stock: Callable, module: nn.Module) -> None:
         module.reset_parameters()
 
 
-def find(parent: nn.Module, path: str) -> Any:
+def find(parent: Any, path: str) -> Any:
     """The module or function at a path, or None."""
     for name in path.split("."):
         parent = getattr(parent, name, None)
     return parent
 
 
-def _trunk(model: PreTrainedModel, table: Backbone) -> Any:
-    return model.base_model.get_submodule(table.trunk)
+def trunk(model: PreTrainedModel) -> Any:
+    """The module, under every head, that a batch runs through."""
+    return model.base_model.get_submodule(BACKBONES[model.config.backbone].trunk)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,7 +182,8 @@ class Time:
         """Average over time all that has T·B rows, the output named `but` excepted."""
         if self.steps == 1:
             return None
-        rows = len(_inputs(args, kwargs)) * (1 if self.every_step else self.steps)
+        inputs: Any = _inputs(args, kwargs)
+        rows = len(inputs) * (1 if self.every_step else self.steps)
 
         def average(tensor: torch.Tensor) -> torch.Tensor:
             return self.average(tensor) if len(tensor) == rows else tensor
@@ -209,15 +210,15 @@ class Time:
 
 def carry_time(model: PreTrainedModel, table: Backbone, time: Time) -> None:
     """Hook the trunk, its blocks, what is the same at all timesteps, and where time ends."""
-    trunk = _trunk(model, table)
-    trunk._synced = None
-    trunk.register_forward_pre_hook(time.enter_trunk, with_kwargs=True)
+    whole = trunk(model)
+    whole._synced = None
+    whole.register_forward_pre_hook(time.enter_trunk, with_kwargs=True)
     last = find(model, table.time_ends) if table.time_ends else None
     but = "last_hidden_state" if last is not None else ""
-    trunk.register_forward_hook(functools.partial(time.leave_trunk, but), with_kwargs=True)
+    whole.register_forward_hook(functools.partial(time.leave_trunk, but), with_kwargs=True)
     if last is not None:
         last.register_forward_hook(time.leave_head)
-    first, *others = trunk.get_submodule(table.blocks)
+    first, *others = whole.get_submodule(table.blocks)
     first.register_forward_pre_hook(time.enter_first_block, with_kwargs=True)
     for block in others:
         block.register_forward_pre_hook(time.enter_block, with_kwargs=True)
@@ -281,7 +282,7 @@ class FASMixin(PreTrainedModel):
         config = self.config
         if getattr(config, "add_cross_attention", False):
             raise ValueError("`add_cross_attention` must be False: a spiking model has no encoder, got True.")
-        if getattr(config, "layerdrop", 0):
+        if getattr(config, "layerdrop", 0.0):
             raise ValueError(f"`layerdrop` must be 0: every block holds neurons, got {config.layerdrop}.")
         self._synced = None
         self._time = Time(config)
@@ -366,7 +367,7 @@ class FASMixin(PreTrainedModel):
             raise ValueError("`length` must be the longest sequence length at granularity 'position', got None.")
         if config.folded:
             raise ValueError("`model` must not be folded: calibrate before its thresholds go into its weights.")
-        if granularity == "position" and getattr(config, "chunk_size_feed_forward", 0):
+        if granularity == "position" and getattr(config, "chunk_size_feed_forward", None):
             raise ValueError("`granularity` must not be 'position' where `config.chunk_size_feed_forward` is set.")
         if granularity == "position" and not all(site.per_position for site in config.table.sites):
             raise ValueError(

@@ -27,7 +27,7 @@ BLOCK_SIZE = 1 << 17
 
 
 class _Call(threading.local):
-    """Of the call that runs in this thread: the positions of its tokens, `(B, S)` or a slice, or None for the first."""
+    """Of the call that runs in this thread: the positions of its tokens, `(B, S)` or a slice; None: the first ones."""
 
     positions: Any = None
 
@@ -77,7 +77,7 @@ def _spike_count(z: torch.Tensor, initial_potential: torch.Tensor | None, T: int
     return count.clamp_(-T if signed else 0, T)
 
 
-def _start(initial_potential: torch.Tensor | None, signed: bool) -> torch.Tensor | None:
+def _start(initial_potential: torch.Tensor | None, signed: bool) -> Any:
     """The initial potential in the precision of the state; a signed neuron starts between its two thresholds."""
     if initial_potential is None:
         return None
@@ -452,7 +452,7 @@ class FASNeuron(nn.Module):
             nn.init.constant_(self.initial_potential, 0.5)
 
     def thresholds(self, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Threshold and initial potential (`None`: 1/2) for `length` columns: `(1,)`, `(D,)`, `(S, D)`, `(B, S, D)`."""
+        """Threshold and initial potential (`None`: 1/2), `(1,)`, `(D,)`, `(S, D)` or `(B, S, D)`, for S columns."""
         if self.fine_threshold is None or self.T == 0:
             return self.threshold, None
         if self.fine_threshold.dim() < 2:

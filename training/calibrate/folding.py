@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeling_fas import MIN_THRESHOLD
+from neurons_fas import MIN_THRESHOLD
+
+from ..layout import sites
 
 
 @torch.no_grad()
@@ -17,7 +19,7 @@ def fold_thresholds(model: Any) -> None:
 
     Raises:
         ValueError: at granularity `"position"`, where a weight would have to know the position; for a model that is
-            folded already; or for a bare BERT with a pooler, whose head is elsewhere.
+            folded already; or for one whose pooler has no head to fold into.
     """
     if model.config.folded:
         raise ValueError("`model` must not be folded already.")
@@ -26,24 +28,19 @@ def fold_thresholds(model: Any) -> None:
             "`granularity` must be 'neuron' or 'layer' to fold, got 'position': a weight serves all positions. "
             "Calibrate with granularity 'neuron'."
         )
-    if model.config.backbone == "bert" and not hasattr(model, "cls") and not hasattr(model, "classifier"):
-        raise ValueError(f"`model` must have its head, which the pooler folds into, got {type(model).__name__}.")
-    for name, neuron in model.neurons():
-        weight, inputs_first = _following(model, name)
-        if weight is None:
+    placed = sites(model)
+    for each in placed:
+        if each.site.target is not None and each.target is None:
+            raise ValueError(
+                f"`model` must have its head, which {each.name} folds into, got {type(model).__name__} without one."
+            )
+    for each in placed:
+        if each.target is None:
             continue
+        neuron, weight = each.neuron, each.target.weight
         threshold = neuron.threshold if neuron.fine_threshold is None else neuron.fine_threshold
         threshold = threshold.clamp(MIN_THRESHOLD)
+        inputs_first = not isinstance(each.target, nn.Linear)  # a Conv1D of transformers
         weight.mul_(threshold[:, None] if inputs_first and len(threshold) > 1 else threshold)
         neuron.folded = True
     model.config.folded = True
-
-
-def _following(model: Any, name: str) -> tuple[nn.Parameter | None, bool]:
-    """Weight that follows a site, and whether its inputs come first; none where a norm follows."""
-    if name.endswith("mlp.act"):
-        return model.get_submodule(name.removesuffix("act") + "c_proj").weight, True
-    if name.endswith("intermediate_act_fn"):
-        layer = name.removesuffix(".intermediate.intermediate_act_fn")
-        return model.get_submodule(f"{layer}.output.dense").weight, False
-    return (model.classifier.weight if name.endswith("pooler.activation") else None), False

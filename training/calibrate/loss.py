@@ -6,9 +6,10 @@ site emits, and its logits are the target of the spiking logits. Only `fine_thre
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn import functional as F
 
+from neurons_fas import call
+
+from ..layout import auto_class, pooled, predicts_next
 from ..results import write_json
 
 
@@ -102,26 +106,27 @@ def calibration_loss(
     with recorded(core) as averages:
         logits = model(**given)["logits"]
     if torch.is_grad_enabled() and any(
-        neuron.fine_threshold.requires_grad and not averages[name].requires_grad for name, neuron in core.neurons()
+        neuron.fine_threshold.requires_grad and not averages[name].average.requires_grad
+        for name, neuron in core.neurons()
     ):
         raise ValueError(
             "`model` must not use reentrant gradient checkpointing, which loses the gradient of the site errors. "
             'Enable it with gradient_checkpointing_kwargs={"use_reentrant": False}.'
         )
 
-    mask = real_tokens(inputs, logits) if reduction == "tokens" else None
+    tokens = real_tokens(inputs, logits)
+    mask = tokens if reduction == "tokens" else None
     if mask is not None:
         num_rows = len(logits) if num_rows is None else num_rows
         num_tokens = mask.sum() if num_tokens is None else num_tokens
-    sites, variances = {}, {}
-    for name, neuron in core.neurons():
-        average = averages[name].float()
-        errors = (average - targets[name].float()).square()
-        spread = variance_over_time(average, neuron.fine_threshold) if neuron.stepwise else torch.zeros_like(average)
-        sites[name] = _mean_of_site(errors, mask, num_rows, num_tokens)
-        variances[name] = _mean_of_site(spread, mask, num_rows, num_tokens)
-    causal = core.config.backbone == "gpt2"
-    output = output_error(logits, teacher_logits, causal, mask, num_rows, num_tokens)
+    sites, variances, whole = {}, {}, pooled(core)
+    for name, _ in core.neurons():
+        rows = None if name in whole else tokens.shape
+        average, spread = averages[name].average.float(), averages[name].variance().float()
+        errors = (average - targets[name].average.float()).square()
+        sites[name] = _mean_of_site(errors, rows, mask, num_rows, num_tokens)
+        variances[name] = _mean_of_site(spread, rows, mask, num_rows, num_tokens)
+    output = output_error(logits, teacher_logits, predicts_next(core), mask, num_rows, num_tokens)
     loss = site_weight * torch.stack(list(sites.values())).sum()
     if variance_weight:
         loss = loss + site_weight * variance_weight * torch.stack(list(variances.values())).sum()
@@ -202,29 +207,49 @@ def check_calibratable(model: Any) -> None:
         raise ValueError("`model` must have fine thresholds to calibrate. Call model.begin_calibration(T) first.")
     if model.config.folded:
         raise ValueError("`model` must not be folded: calibrate before its thresholds go into its weights.")
+    if auto_class(model) in ("AutoModel", "AutoModelForQuestionAnswering"):
+        raise ValueError(f"`model` must have a head with one output to compare, got {type(model).__name__}.")
 
 
-def variance_over_time(average: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """Variance of what a site emits over its timesteps, from its time average.
+@dataclass
+class Emitted:
+    """What a site emitted in one call, averaged over time.
 
-    It emits 0 or its threshold, so the mean of the squares is the threshold times the average.
-
-    Args:
-        average: `(…, D)`.
-        threshold: `(D,)`, `(1,)`, or `(S, D)` with at least the positions of `average`.
+    Attributes:
+        average: `(B, …)`; its gradient is that of the site.
+        threshold: That the site ran with, as a function, so that a hook saves nothing for the gradient.
+        mean_square: `(B, …)`, detached, where spikes both ways may cancel in the average; else the threshold times the
+            average is the mean of the squares. `None` where nothing varies over time.
     """
-    return average * ((threshold[: average.shape[-2]] if threshold.dim() == 2 else threshold) - average)
+
+    average: torch.Tensor
+    threshold: Callable[[], torch.Tensor] | None = None
+    mean_square: torch.Tensor | None = None
+
+    def variance(self) -> torch.Tensor:
+        """Variance over the timesteps; 0 in layerwise mode. Spikes that cancel count, and have no gradient."""
+        if self.threshold is None:
+            return torch.zeros_like(self.average)
+        if self.mean_square is None:
+            return self.average * (self.threshold() - self.average)
+        square = self.threshold() * self.average.abs()
+        return square + (self.mean_square - square).detach() - self.average.square()
 
 
 @contextmanager
-def recorded(model: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Record the time average of what every site emits, `(B, …)`, by name."""
-    record: dict[str, torch.Tensor] = {}
+def recorded(model: Any) -> Iterator[dict[str, Emitted]]:
+    """Record what every site emits, by name."""
+    record: dict[str, Emitted] = {}
 
     def hook(name):
         def keep(neuron, _inputs, output):
             # Saves no tensor for its gradient: recomputing a checkpointed block without the hook sees the same graph.
-            record[name] = output.unflatten(0, (neuron.T, -1)).mean(0) if neuron.stepwise else output
+            if not neuron.stepwise:
+                record[name] = Emitted(output)
+                return
+            steps, positions = output.unflatten(0, (neuron.T, -1)), call.positions
+            square = steps.detach().square().mean(0) if neuron.signed else None
+            record[name] = Emitted(steps.mean(0), partial(_threshold, neuron, output.shape[-2], positions), square)
 
         return keep
 
@@ -236,22 +261,31 @@ def recorded(model: Any) -> Iterator[dict[str, torch.Tensor]]:
             handle.remove()
 
 
+def _threshold(neuron: Any, length: int, positions: Any) -> torch.Tensor:
+    """The threshold of a site in the call that had these positions."""
+    call.positions = positions
+    return neuron.thresholds(length)[0]
+
+
 def real_tokens(inputs: Mapping[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
     """`(B, S)`: True where there is no padding."""
     mask = inputs.get("attention_mask")
     if mask is not None:
-        return mask.bool()
+        return mask.bool().flatten(0, -2)
     ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     return torch.ones(ids.shape[:2], dtype=torch.bool, device=logits.device)
 
 
-def _mean_of_site(values, mask, num_rows, num_tokens) -> torch.Tensor:
-    """Mean over the elements of a site, or over those of real tokens where there is a mask."""
+def _mean_of_site(values, rows, mask, num_rows, num_tokens) -> torch.Tensor:
+    """Mean over the elements of a site, or over those of real tokens where there is a mask; `rows` is `(B, S)`.
+
+    A site without rows of its own is pooled, one value a sequence.
+    """
     if mask is None:
         return values.mean()
-    if values.dim() == 2:
+    if rows is None:
         return values.mean(-1).sum() / num_rows
-    return values.mean(-1).masked_fill(~mask, 0).sum() / num_tokens
+    return values.mean(-1).view(rows).masked_fill(~mask, 0).sum() / num_tokens
 
 
 def output_error(
