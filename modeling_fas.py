@@ -19,11 +19,13 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 
+__all__ = ["FASMixin", "__version__", "carry_time", "find", "place_sites", "trunk"]  # and all models of the table
+
 try:
-    from .configuration_fas import BACKBONES, CONFIGURATIONS, Backbone, Site  # type: ignore[import-not-found]
+    from .configuration_fas import BACKBONES, CONFIGURATIONS, Backbone, Site, __version__  # type: ignore[import-not-found]
     from .neurons_fas import MIN_THRESHOLD, FASNeuron, call  # type: ignore[import-not-found]
 except ImportError:
-    from configuration_fas import BACKBONES, CONFIGURATIONS, Backbone, Site
+    from configuration_fas import BACKBONES, CONFIGURATIONS, Backbone, Site, __version__
     from neurons_fas import MIN_THRESHOLD, FASNeuron, call
 
 
@@ -548,7 +550,7 @@ class FASQwen3ForSequenceClassification(_FASPooledMixin, transformers.Qwen3ForSe
 for _config_class in CONFIGURATIONS:
     _table = BACKBONES[_config_class.backbone]
     for _auto_class, _name in _table.models.items():
-        _model: Any = globals()[_name]
+        _model: Any = vars()[_name]
         _model.config_class = _config_class
         _model.__doc__ = f"Spiking {_table.title}: `{_name.removeprefix('FAS')}` with neurons at its sites."
         _model.register_for_auto_class(_auto_class)

@@ -169,9 +169,10 @@ def test_interrupted_it_goes_on_with_what_is_missing(monkeypatch):
 def test_the_model_is_left_as_it_was():
     model = tiny.model("classify").set_timesteps(5, "layerwise").train()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = [(list(each._forward_hooks), list(each._forward_pre_hooks)) for each in model.modules()]
     evaluate(model, sentences(), metric="mnli", timesteps=[2], stock=tiny.model("classify"))
     assert (model.config.T, model.config.schedule, model.training) == (5, "layerwise", True)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert [(list(each._forward_hooks), list(each._forward_pre_hooks)) for each in model.modules()] == hooks
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 

@@ -1,7 +1,7 @@
 """All steps of a conversion with one command: from a stock checkpoint to a folder that can be published.
 
     python -m training.convert RECIPE.yaml [--flag value …] [--step.flag value …]
-    python -m training.convert --model_name_or_path bert-base-cased --task_name sst2 --output_dir outputs/sst2
+    python -m training.convert --model_name_or_path MODEL --task_name sst2 --output_dir outputs/sst2
 
 Steps that are finished are skipped; one that was killed goes on from its last complete checkpoint.
 """
@@ -64,12 +64,12 @@ def read_recipe(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         if model is None:
             raise ValueError("`--model_name_or_path` is required where no recipe is given.")
         try:
-            kind = FASConfig.from_pretrained(model).backbone
+            causal = FASConfig.from_pretrained(model).table.causal
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"`--model_name_or_path` must be a GPT-2 or BERT checkpoint, got {model!r}: {error}"
+                f"`--model_name_or_path` must be a checkpoint that can spike, got {model!r}: {error}"
             ) from error
-        recipe = read_yaml(RECIPES / f"{kind}.yaml")
+        recipe = read_yaml(RECIPES / ("decoder.yaml" if causal else "encoder.yaml"))
     unknown = recipe.keys() - RECIPE_KEYS
     if unknown or not isinstance(recipe.get("steps"), dict):
         raise ValueError(

@@ -80,7 +80,7 @@ def calibration_loss(
         reduction: `"tokens"`: means over what is not padding: the squared error of a site, the KL divergence of the
             ANN's distribution from the spiking one (causal: where a next token follows), the squared error of a
             regression. `"published"`: as the published code has it: padding counts, and the divergence of a causal
-            model is summed over positions and divided by the batch. (Its BERT weight of the output is 0.)
+            model is summed over positions and divided by the batch. (Its weight of the output is 0 for encoders.)
         num_rows: Rows of the accumulated batch, where this is a part of it; B by default.
         num_tokens: Its tokens without padding, in the same way.
 

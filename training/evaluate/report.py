@@ -225,7 +225,7 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def _short(site: str) -> str:
-    """`transformer.h.3.mlp.act` to `3`, `bert.pooler.activation` to `pooler`."""
+    """The number of the block in the name of a site; without one, the module that holds it."""
     number = next((part for part in site.split(".") if part.isdigit()), None)
     return number or ("pooler" if "pooler" in site else "head")
 
