@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.table import update
-from training.results import markdown_table, read_results
+from training.results import flat, markdown_table, read_results
 
 
 ROOT = Path(__file__).parents[1]
@@ -23,8 +23,9 @@ def table() -> str:
     """The rows of the demo, and what they were measured on."""
     record = read_results(RESULTS)
     versions, hardware = record["versions"], record["hardware"]
+    table = markdown_table(map(flat, record["metrics"]["rows"]), COLUMNS)
     return (
-        f"{markdown_table(record['metrics'], COLUMNS)}\n\n`make demo`, {record['date'][:10]}, commit "
+        f"{table}\n\n`make demo`, {record['date'][:10]}, commit "
         f"{(record['commit'] or 'unknown')[:7]}; {hardware['processor']}, {hardware['threads']} threads; torch "
         f"{versions['torch']}, transformers {versions['transformers']}."
     )
@@ -32,7 +33,7 @@ def table() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="?", help="results.json of a run of training.demo")
+    parser.add_argument("results", nargs="?", help="conversion.json of a run of training.demo")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
     args = parser.parse_args()
     if args.results:
