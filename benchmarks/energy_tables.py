@@ -35,8 +35,9 @@ def energy(found: dict) -> str:
     published = (
         "`replicated` is stepwise execution as published: embeddings replicated, every layer and the head run T "
         f"times, for {ratio['replicated', 4]:.2f} (T = 4) and {ratio['replicated', 8]:.2f} (T = 8) times the energy "
-        f"of the ANN. This code computes the same logits for {ratio['stepwise', 4]:.2f} and {ratio['stepwise', 8]:.2f}, "
-        "since what is before the first site and the head runs once. At T = 1 all three are one thing."
+        f"of the ANN. This code computes the same logits for {ratio['stepwise', 4]:.2f} and "
+        f"{ratio['stepwise', 8]:.2f}, since what is before the first site and the head runs once. At T = 1 all three "
+        "are one thing."
     )
     costs = (
         "Stepwise execution costs more than the ANN from T = 2 on, at any spike rate: the products that stay MACs "
