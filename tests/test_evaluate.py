@@ -111,7 +111,7 @@ def test_early_exit_equals_shorter_runs(kind):
 
 def test_layerwise_at_T_equal_L_is_the_quantisation_baseline():
     results = evaluate(tiny.model("classify", L=4), sentences(), metric="mnli", timesteps=[4])
-    ann, spiking = row_of(results, model="qcfs"), row_of(results, schedule="layerwise")
+    ann, spiking = row_of(results, mode="qcfs"), row_of(results, schedule="layerwise")
     assert spiking["quality"] == ann["quality"]
     assert (spiking["agreement"], spiking["logit_error"]) == (1.0, 0.0)
     assert {site["error"] for site in spiking["sites"]} == {0.0}
@@ -132,13 +132,13 @@ def test_energy_is_that_of_the_measured_rates():
     assert row["energy"]["energy_pj"] == pytest.approx(expected["energy_pj"], rel=1e-3)
     assert row["energy"]["ratio"] > 1 > row_of(results, schedule="layerwise")["energy"]["ratio"]
     assert row["energy"]["ratio_replicated"] > row["energy"]["ratio"]
-    assert row_of(results, model="qcfs")["energy"]["ratio"] == 1
+    assert row_of(results, mode="qcfs")["energy"]["ratio"] == 1
 
 
 def test_latency_of_every_mode():
     results = evaluate(tiny.model("classify"), sentences(), metric="mnli", timesteps=[2], batch_size=2)
-    found = {(row["model"], row["schedule"]): row for row in results["latency"]}
-    assert found.keys() == {("qcfs", None), ("fas", "stepwise"), ("fas", "layerwise")}
+    found = {(row["mode"], row["schedule"]): row for row in results["latency"]}
+    assert found.keys() == {("qcfs", None), ("spiking", "stepwise"), ("spiking", "layerwise")}
     assert found["qcfs", None]["ratio"] == 1
     assert all(0 < row["fastest"] <= row["milliseconds"] <= row["slowest"] for row in results["latency"])
 
@@ -282,7 +282,7 @@ def test_command_line_for_a_classifier(folder, tmp_path):
     assert results == json.loads((tmp_path / "results.json").read_text())
     assert results["status"] == "complete"
     rows = results["metrics"]["rows"]
-    assert [row["model"] for row in rows] == ["stock", "qcfs", "fas", "fas"]
+    assert [row["mode"] for row in rows] == ["stock", "qcfs", "spiking", "spiking"]
     assert rows[0]["quality"]["examples"] == 12
     assert "sites" not in rows[0]
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -9,6 +9,7 @@ from typing import Any
 
 from .arguments import STAGES
 from .data import causal_collator, load_raw, text_splits
+from .evaluate.rows import Perplexity, for_trainer
 from .runner import Run, load_model, show_messages, start, text_blocks, text_length, train_and_evaluate
 from .tokenization import load_tokenizer
 
@@ -28,14 +29,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             f"got {len(tokenizer)}."
         )
     splits = text_blocks(run, raw, tokenizer, size)
-    args.prediction_loss_only = True
     trainer = run.trainer(
         model=model,
         train_dataset=splits.pop("train", None),
         processing_class=tokenizer,
         data_collator=causal_collator,
+        **for_trainer(Perplexity()),
     )
-    return train_and_evaluate(run, trainer, tokenizer, splits, perplexity=True)
+    return train_and_evaluate(run, trainer, tokenizer, splits)
 
 
 def from_scratch(run: Run, tokenizer) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import DataCollatorWithPadding
 
 from .data import load_raw
-from .metrics import glue_metric
+from .evaluate.rows import TaskMetric, for_trainer
 from .runner import Run, load_model, show_messages, start, train_and_evaluate
 from .tasks import Task, check_task_name, encode, find_task, select_splits
 from .tokenization import load_tokenizer
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         train_dataset=encoded.pop("train", None),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=glue_metric(task.metric),
+        **for_trainer(TaskMetric(task.metric)),
     )
     return train_and_evaluate(run, trainer, tokenizer, encoded)
 

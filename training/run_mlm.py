@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .data import MaskingCollator, load_raw, text_splits
+from .evaluate.rows import Perplexity, for_trainer
 from .runner import load_model, show_messages, start, text_blocks, text_length, train_and_evaluate
 from .tokenization import load_tokenizer
 
@@ -24,14 +25,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     settings = {} if run.model.model_name_or_path else {"vocab_size": len(tokenizer)}
     model = load_model(run, **settings)
     splits = text_blocks(run, raw, tokenizer, size)
-    args.prediction_loss_only = True
     trainer = run.trainer(
         model=model,
         train_dataset=splits.pop("train", None),
         processing_class=tokenizer,
         data_collator=MaskingCollator(tokenizer, data.mlm_probability, seed=args.seed),
+        **for_trainer(Perplexity(causal=False)),
     )
-    return train_and_evaluate(run, trainer, tokenizer, splits, perplexity=True)
+    return train_and_evaluate(run, trainer, tokenizer, splits)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from .calibrate.coarse import start_calibration
 from .calibrate.loss import RECORD_FILE, describe_sites, save_record
 from .checkpoints import checkpoint_to_resume, remove_checkpoints
 from .data import AnyDataset, blocks
-from .evaluation import evaluate_modes
-from .results import markdown_table, read_results, write_results
+from .evaluate.trainer import evaluate_trainer
+from .results import flat, markdown_table, read_results, write_results
 from .trainers import FASCalibrationTrainer, FASTrainer
 
 
@@ -227,8 +227,6 @@ def train_and_evaluate(
     trainer: Trainer,
     tokenizer: PreTrainedTokenizerBase,
     eval_splits: dict[str, AnyDataset],
-    *,
-    perplexity: bool = False,
 ) -> list[dict[str, Any]]:
     """Train, save the model, evaluate it in every mode, and write the results beside it; returns the rows."""
     args, output_dir = run.training, Path(run.training.output_dir or "")
@@ -252,11 +250,11 @@ def train_and_evaluate(
     if args.do_train:
         trainer.save_model()
         tokenizer.save_pretrained(output_dir) if args.should_save else None
-    rows = evaluate_modes(trainer, eval_splits, run.model.T, perplexity=perplexity) if args.do_eval else []
+    rows = evaluate_trainer(trainer, eval_splits, run.model.T) if args.do_eval else []
     if args.should_save:
         write_results(
             output_dir / RESULTS_FILE,
-            metrics=rows,
+            metrics={"rows": rows},
             configuration={
                 "model": asdict(run.model),
                 "data": asdict(run.data),
@@ -266,7 +264,7 @@ def train_and_evaluate(
             command=["python", *run.command],
             training=summary,
         )
-        logger.info("\n" + markdown_table(rows))
+        logger.info("\n" + markdown_table([flat(row) for row in rows]))
     if args.push_to_hub:
         trainer.push_to_hub()
     _end(trainer)

@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             timesteps=args.T,
             schedules=args.schedule,
             stock=stock,
+            split=args.eval_split,
             batch_size=args.batch_size,
             pad_token_id=tokenizer.pad_token_id or 0,
             mac_pj=args.mac_pj,
@@ -170,6 +171,7 @@ def earlier_results(path: Path, configuration: dict[str, Any], overwrite: bool) 
     try:
         earlier = read_results(path)
         same = earlier["configuration"] == plain(configuration)
+        same &= all("mode" in row for row in earlier["metrics"]["rows"])  # of 0.1, other names
     except (ValueError, KeyError, TypeError):
         earlier, same = {}, False
     if same:

@@ -9,7 +9,7 @@ from typing import Any
 from ..arguments import DataArguments
 from ..data import first, load_raw, require_split, text_column
 from ..tasks import check_task_name, encode, find_task
-from .measurement import PERPLEXITY
+from .rows import PERPLEXITY
 
 
 @dataclass

@@ -146,9 +146,14 @@ class SpikeMonitor(_SiteHooks):
 
     @property
     def spike_rate(self) -> float:
-        """Spikes per neuron and timestep, over all sites."""
-        spikes = sum(site.spikes.sum().item() for site in self.sites.values())
-        return spikes / max(sum(site.steps * len(site.spikes) for site in self.sites.values()), 1)
+        """Spikes per neuron and timestep, over all neurons of all sites."""
+        spikes, chances = self.counts()
+        return spikes / max(chances, 1)
+
+    def counts(self) -> tuple[float, float]:
+        """Spikes of all neurons, and how many there could have been: one a neuron and timestep."""
+        sites = self.sites.values()
+        return sum(site.spikes.sum().item() for site in sites), sum(site.steps * len(site.spikes) for site in sites)
 
     def spike_rates(self) -> dict[str, float]:
         """Spike rate of each site."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..results import markdown_table, read_results
+from ..results import MODES, flat, markdown_table, read_results
 from .clean_load import auto_class_name
-from .verification import REPORT
+from .verification import REPORT, VerificationError
 
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
@@ -22,10 +22,9 @@ PIPELINES = {
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
 }
-# Columns of a row of results that are no measure of quality.
-NO_METRIC = {"mode", "T", "schedule", "split", "loss", "examples", "seconds", "epoch", "num_input_tokens_seen"}
+# What `quality` holds beside measures; the loss is one where there is no other.
+NO_METRIC = {"loss", "examples", "tokens"}
 COST = ("spike_rate", "energy_ratio")
-MODES = {"qcfs": "quantised ANN", "fas": "spiking", "stock": "stock model"}
 METRIC_NAMES = {
     "f1": "F1",
     "matthews_correlation": "Matthews correlation",
@@ -63,10 +62,15 @@ class Record:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Its measurements at one T and schedule each: `mode`, `T`, `schedule`, metrics, spike rate, energy ratio."""
+        """Its rows, as `docs/results-schema.md` says."""
         metrics = self.content["metrics"]
-        rows = metrics.get("rows", []) if isinstance(metrics, Mapping) else metrics
-        return [_flat(row) for row in rows if "T" in row]
+        rows = [row for row in (metrics.get("rows", ()) if isinstance(metrics, Mapping) else metrics) if "T" in row]
+        if any(not {"mode", "quality"} <= row.keys() for row in rows):
+            raise VerificationError(
+                f"`{self.file}` must hold rows as docs/results-schema.md says, got those of an earlier version. "
+                "Evaluate the checkpoint again (`--do_eval` of its script, or training.evaluate), or remove the file."
+            )
+        return rows
 
     def setting(self, part: str, name: str) -> Any:
         """One setting of the run, or None."""
@@ -101,18 +105,6 @@ class Sources:
         """The training records, newest first."""
         own = training_record(self.records)
         return [own, *self.earlier] if own else []
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    mode = row.get("mode", row.get("model"))
-    found = {"mode": MODES.get(mode, mode), "T": row["T"], "schedule": row.get("schedule")}
-    if "quality" not in row:
-        return found | {key: value for key, value in row.items() if key not in found}
-    found |= {key: value for key, value in row["quality"].items() if key != "examples"}
-    if row.get("agreement") is not None:
-        found["agreement"] = row["agreement"]
-    ratio = row.get("energy", {}).get("ratio")
-    return found | {"spike_rate": row.get("spike_rate"), "energy_ratio": ratio}
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -190,7 +182,7 @@ def build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: str
         quality=_quality_table(rows),
         source=measured.file if measured else "",
         cost=_cost_table(rows),
-        energy=_energy_constants(measured) if any(row.get("energy_ratio") for row in rows) else "",
+        energy=_energy_constants(measured) if any("energy" in row for row in rows) else "",
         calibration=_calibration(config, sources.calibration),
         record=_record_tables(history),
         settings=_settings(config),
@@ -277,15 +269,16 @@ def _hub_name(name: str | None) -> str | None:
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
     """The measures of quality in a row; the loss only where there is nothing else."""
-    measured = {key: value for key, value in row.items() if isinstance(value, int | float)}
-    chosen = {key: value for key, value in measured.items() if key not in NO_METRIC and key not in COST}
-    return chosen or {key: measured[key] for key in ("loss",) if key in measured}
+    quality = row["quality"]
+    chosen = {name: value for name, value in quality.items() if name not in NO_METRIC}
+    chosen = chosen or {name: quality[name] for name in ("loss",) if name in quality}
+    return chosen | ({"agreement": row["agreement"]} if row.get("agreement") is not None else {})
 
 
 def _eval_results(
     row: Mapping[str, Any], pipeline: str, dataset: str | None, dataset_config: str | None, title: str
 ) -> Iterator[EvalResult]:
-    if row["mode"] == MODES["stock"]:
+    if row["mode"] == "stock":
         return
     when = f"T = {row['T']}, {row['schedule']}" if row["T"] else "T = 0, ANN"
     for metric, value in _metrics(row).items():
@@ -294,7 +287,7 @@ def _eval_results(
             dataset_type=dataset or "unnamed",
             dataset_name=title,
             dataset_config=dataset_config,
-            dataset_split=row.get("split", "validation"),
+            dataset_split=row["split"],
             metric_type=metric,
             metric_value=value,
             metric_name=f"{METRIC_NAMES.get(metric, metric)} ({when})",
@@ -302,18 +295,23 @@ def _eval_results(
         )
 
 
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    return flat(row) | {"mode": MODES[row["mode"]]}
+
+
 def _quality_table(rows: list[dict[str, Any]]) -> str:
     metrics = list(dict.fromkeys(metric for row in rows for metric in _metrics(row)))
-    split = ["split"] if len({row.get("split") for row in rows}) > 1 else []
+    split = ["split"] if len({row["split"] for row in rows}) > 1 else []
     digits = {metric: 2 if metric == "perplexity" else 4 for metric in metrics}
-    return markdown_table(rows, ["mode", "T", "schedule", *split, *metrics], digits) if metrics else ""
+    return markdown_table(map(_cells, rows), ["mode", "T", "schedule", *split, *metrics], digits) if metrics else ""
 
 
 def _cost_table(rows: list[dict[str, Any]]) -> str:
-    columns = [name for name in COST if any(row.get(name) is not None for row in rows)]
+    cells = [_cells(row) for row in rows]
+    columns = [name for name in COST if any(row.get(name) is not None for row in cells)]
     table = [
         {key.replace("_", " "): row.get(key) for key in ("mode", "T", "schedule", *columns)}
-        for row in rows
+        for row in cells
         if any(row.get(name) is not None for name in columns)
     ]
     return markdown_table(table) if table else ""
