@@ -151,6 +151,8 @@ class Time:
         return self._with_rows(len(_hidden_states(args, kwargs)), args, kwargs)
 
     def _with_rows(self, rows: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.config.granularity == "position" and kwargs.get("position_ids") is not None:
+            call.positions = kwargs["position_ids"]  # again, for a block that gradient checkpointing runs by itself
         steps = self.steps
         if steps == 1:
             return None
@@ -251,6 +253,10 @@ def _map(function: Callable, value: Any) -> Any:
     return value
 
 
+def _forget_positions(*_: Any) -> None:
+    call.positions = None
+
+
 def sync(module: Any, *_: Any) -> None:
     """Make every neuron in a module, copies made by adapters included, run as its configuration says."""
     settings = (module.config.L, module.config.T, module.config.schedule)
@@ -292,6 +298,7 @@ class FASMixin(PreTrainedModel):
         place_sites(self, table)
         carry_time(self, table, self._time)
         self.register_forward_pre_hook(sync)
+        self.register_forward_hook(_forget_positions)
         if isinstance(self, GenerationMixin):
             self.loss_type = "ForCausalLM"
 

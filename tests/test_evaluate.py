@@ -4,6 +4,8 @@ import json
 import math
 import subprocess
 import sys
+import time
+from collections import Counter
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from modeling_fas import FASBertForMaskedLM, FASBertForSequenceClassification, F
 from training.evaluate import SpikeMonitor, energy_report, measurement
 from training.evaluate.command import main
 from training.evaluate.examples import windows
-from training.evaluate.measurement import early_exit_curve, evaluate, make_batches
+from training.evaluate.measurement import early_exit_curve, evaluate, make_batches, measure_latency
+from training.evaluate.rows import Mode
 from training_helpers import save_bert, save_gpt2, write_corpus, write_lines, write_reviews
 
 
@@ -141,6 +144,25 @@ def test_latency_of_every_mode():
     assert found.keys() == {("qcfs", None), ("spiking", "stepwise"), ("spiking", "layerwise")}
     assert found["qcfs", None]["ratio"] == 1
     assert all(0 < row["fastest"] <= row["milliseconds"] <= row["slowest"] for row in results["latency"])
+
+
+def test_latency_leaves_the_warm_up_out(monkeypatch):
+    """By a clock that the model alone moves: 100 s for the first pass in a mode, then 3, 1 and 2."""
+    model, now, passes = tiny.model("classify"), [0.0], Counter()
+
+    def tick(*_):
+        mode = model.config.T, model.config.T and model.config.schedule
+        now[0] += (100.0, 3.0, 1.0, 2.0)[passes[mode]]
+        passes[mode] += 1
+
+    model.register_forward_pre_hook(tick)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    modes = [Mode("qcfs"), Mode("fas", 2, "stepwise"), Mode("fas", 2, "layerwise")]
+    found = measure_latency(model, make_batches(sentences(), 2), modes, progress=False)
+    assert list(passes.values()) == [4, 4, 4]
+    for row in found:
+        assert [row[name] for name in ("fastest", "milliseconds", "slowest", "ratio")] == [1000, 2000, 3000, 1]
+        assert row["microseconds_per_token"] == 2e6 / row["tokens"]
 
 
 def test_interrupted_it_goes_on_with_what_is_missing(monkeypatch):

@@ -5,10 +5,15 @@ import os
 import pickle
 import resource
 import shutil
+import subprocess
 import zipfile
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import save_file
 
 from checkpoints import tiny_checkpoint
 from configuration_fas import __version__
@@ -17,6 +22,7 @@ from modeling_fas import FASBertForSequenceClassification
 from training.publish import upload as publishing
 from training.publish import verification
 from training.publish.card import CardOptions, build_card, read_sources
+from training.publish.clean_load import probe_logits, token_ids
 from training.publish.upload import PublishError, portable_tokenizer_settings, publish, stage, upload
 from training.publish.verification import VerificationError, check_code, check_files, is_plain_name
 from training.results import fingerprint, write_results
@@ -196,16 +202,111 @@ def test_file_checks_pass_an_intact_folder(staged):
 
 def test_weights_other_than_the_model_in_memory_are_refused(folder, monkeypatch):
     """The comparison itself; that the other process gives these logits is tested end to end."""
-    from training.publish import clean_load
 
     model = FASBertForSequenceClassification.from_pretrained(folder)
-    found = clean_load.probe_logits(model), clean_load.token_ids(folder)
+    found = probe_logits(model), token_ids(folder)
     assert list(found[0]) == ["T=0 stepwise", "T=2 stepwise", "T=2 layerwise", "T=4 stepwise", "T=4 layerwise"]
     monkeypatch.setattr(verification, "_load_elsewhere", lambda *args: found)
     verification.check_clean_load(folder, model, folder)
     model.neurons()[0][1].fine_threshold.data *= 1.1
     with pytest.raises(VerificationError, match="at T=2 stepwise differ"):
         verification.check_clean_load(folder, model, folder)
+
+
+@dataclass
+class CleanProcess:
+    """Stands for the process that loads the folder by remote code: keeps how it was started, and answers honestly.
+
+    Attributes:
+        command: Of the process; `None` if it was not started.
+        environment: Its environment.
+        answer: What it found: logits by run, token ids. Empty: what is in the folder.
+    """
+
+    command: list[str] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    answer: tuple[dict[str, torch.Tensor], list[int] | None] | None = None
+
+    def run(self, command, **options) -> subprocess.CompletedProcess:
+        self.command, self.environment = command, options["env"]
+        *_, folder, output = command
+        model = FASBertForSequenceClassification.from_pretrained(folder)
+        logits, ids = self.answer or (probe_logits(model), token_ids(folder))
+        save_file(logits, output, metadata={"token_ids": json.dumps(ids)})
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    def interpreter(self, code: str) -> Any:
+        """What a line of Python evaluates to where that process runs its script."""
+        assert self.command is not None
+        script = next(i for i, argument in enumerate(self.command) if argument.endswith(".py"))
+        command = [*self.command[:script], "-c", f"import json, sys; print(json.dumps({code}))"]
+        return json.loads(subprocess.check_output(command, env=self.environment, text=True))
+
+
+@pytest.fixture
+def clean_process(monkeypatch):
+    process, run = CleanProcess(), subprocess.run
+
+    def start(command, **options):
+        return process.run(command, **options) if command[-1].endswith(".safetensors") else run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    return process
+
+
+def last_bit(answer):
+    """The least change there is, of one run."""
+    logits, ids = answer
+    run, changed = list(logits.items())[-1]
+    return logits | {run: torch.nextafter(changed, torch.tensor(torch.inf))}, ids
+
+
+UNLIKE = {
+    "last-bit": (last_bit, "at T=4 layerwise differ from the reference by"),
+    "missing-run": (lambda answer: ({"T=0 stepwise": answer[0]["T=0 stepwise"]}, answer[1]), "runs at T=0 stepwise"),
+    "tokens": (lambda answer: (answer[0], [*answer[1][:-1], 0]), "tokenizer must give the ids"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), UNLIKE.values(), ids=UNLIKE)
+def test_what_a_clean_process_finds_otherwise_is_not_published(change, message, folder, clean_process, tmp_path):
+    answer = probe_logits(FASBertForSequenceClassification.from_pretrained(folder)), token_ids(folder)
+    clean_process.answer = answer
+    assert publish(folder, REPO, dry_run=tmp_path / "same") == str(tmp_path / "same")
+    clean_process.answer = change(answer)
+    with pytest.raises(VerificationError, match=message):
+        publish(folder, REPO, dry_run=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", verification.CODE_FILES)
+def test_code_that_reaches_beyond_the_model_is_neither_run_nor_published(name, folder, clean_process, tmp_path):
+    with (folder / name).open("a") as file:
+        file.write("import socket\n")
+    with pytest.raises(VerificationError, match=f"`{name}`, line .*got `import socket`"):
+        publish(folder, REPO, dry_run=tmp_path / "new")
+    assert clean_process.command is None and not (tmp_path / "new").exists()
+
+
+SECRETS = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GITHUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD"]
+SECRETS += ["WANDB_API_KEY", "hf_token"]
+
+
+def test_the_clean_process_knows_neither_secrets_nor_this_repository(folder, clean_process, monkeypatch, tmp_path):
+    for name in SECRETS:
+        monkeypatch.setenv(name, "not for others")
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("KEPT", "for all")
+    publish(folder, REPO, dry_run=tmp_path / "new")
+    environment = clean_process.environment
+    assert "not for others" not in environment.values() and not environment.keys() & {*SECRETS, "PYTHONPATH"}
+    assert (environment["KEPT"], environment["PATH"]) == ("for all", os.environ["PATH"])
+    assert environment["HF_HUB_OFFLINE"] == environment["HF_HUB_DISABLE_IMPLICIT_TOKEN"] == "1"
+    assert environment["HF_HOME"] != str(tmp_path)
+    monkeypatch.chdir(verification.__file__.rpartition("/")[0])
+    assert clean_process.interpreter("sys.flags.isolated") == 1
+    assert not {"", os.getcwd()} & set(clean_process.interpreter("sys.path"))
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "/etc/x", "a\\b", "C:x", "x\0y", 3])
