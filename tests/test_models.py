@@ -286,3 +286,19 @@ def test_thresholds_stay_positive_through_training_and_saving(tmp_path):
     model.save_pretrained(tmp_path)
     assert all(neuron.threshold.item() > 0 for _, neuron in model.neurons())
     assert torch.equal(tiny.CLASSES["classify"].from_pretrained(tmp_path)(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "neuron", "position"])
+@torch.no_grad()
+def test_fine_thresholds_are_saved_positive(granularity, tmp_path):
+    model, inputs = (
+        tiny.model("classify", T=2).begin_calibration(2, granularity, tiny.POSITIONS),
+        tiny.batch("classify"),
+    )
+    for i, (_, neuron) in enumerate(model.neurons()):
+        neuron.fine_threshold.flatten()[0] = -0.3 * i  # 0 is none either
+    logits = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    loaded = tiny.CLASSES["classify"].from_pretrained(tmp_path)
+    assert all(neuron.fine_threshold.min() > 0 for _, neuron in loaded.neurons())
+    assert torch.equal(loaded(**inputs).logits, logits)
