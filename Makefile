@@ -8,14 +8,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 JOBS ?= 2
 ARGS ?=
 BENCHMARKS ?= benchmarks/run.py
-MATRIX_TESTS ?= tests/test_configuration.py tests/test_goldens.py tests/test_models.py tests/test_generation.py tests/test_loading.py
+MATRIX_TESTS ?= tests/test_configuration.py tests/test_goldens.py tests/test_models.py tests/test_generation.py tests/test_loading.py tests/test_calibration.py tests/test_calibration_goldens.py
 
 VENV := .venv
 OLD_VENV := .venv-transformers4
 RUN := $(VENV)/bin/python
 OLD_RUN := $(OLD_VENV)/bin/python
 
-.PHONY: help demo test test-slow test-matrix quality style bench clean
+.PHONY: help demo test test-slow test-matrix quality style bench tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -45,6 +45,9 @@ style: $(VENV)/.installed ## format, and fix what lint can fix
 
 bench: $(VENV)/.installed ## the benchmarks of speed, one CPU thread (BENCHMARKS="benchmarks/x.py" for one)
 	for script in $(BENCHMARKS); do OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=. $(RUN) $$script $(ARGS); done
+
+tables: $(VENV)/.installed ## write every generated part of README and docs (ARGS=--check: only say what is out of date)
+	$(RUN) -m benchmarks.tables $(ARGS)
 
 clean: ## remove the virtual environments and the tools' caches
 	rm -rf $(VENV) $(OLD_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,20 +1,278 @@
-"""What a spiking language model is made of: quantisation levels, timesteps, schedule, fine thresholds.
+"""What a spiking language model is made of: the settings of its neurons, and the table of backbones.
 
-This file travels to the Hub inside every checkpoint, next to `modeling_fas.py`.
+This file travels to the Hub inside every checkpoint, next to `modeling_fas.py` and `neurons_fas.py`. A new backbone is
+an entry of `BACKBONES` and a configuration class here, and its classes there.
 """
 
 import math
+from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, BertConfig, GPT2Config, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    DistilBertConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    RobertaConfig,
+)
 from transformers.utils import logging
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where neurons sit: in place of an activation, or at the input of a linear layer, as its child `site`.
+
+    Attributes:
+        path: Of the activation, or of the linear layer; in a block, or (outside of blocks) in the model or its trunk.
+        width: Neurons, as the name of a setting of the configuration.
+        at: `"activation"` or `"input"`.
+        feeds: Path of the linear layer that takes what the site emits, hence what a threshold folds into. `None`
+            where a norm follows. A site at an input feeds its own layer.
+        signed: Whether the neurons spike both ways.
+        group: What the site is called in figures by kind of site.
+        per_position: Whether its input has a sequence dimension.
+    """
+
+    path: str
+    width: str
+    at: str = "activation"
+    feeds: str | None = None
+    signed: bool = False
+    group: str = "mlp"
+    per_position: bool = True
+
+    @property
+    def target(self) -> str | None:
+        return self.path if self.at == "input" else self.feeds
+
+
+@dataclass(frozen=True)
+class Product:
+    """Matrix products that a figure counts as one: linear layers of one input, or a product of attention.
+
+    Attributes:
+        name: In reports.
+        weights: Paths of the linear layers, as in [`Site`]; none for `scores` and `values`.
+        pooled: Runs once a sequence, not once a token, where the head judges whole sequences.
+        once: Runs once in the stepwise schedule too, before time begins or when it has ended.
+    """
+
+    name: str
+    weights: tuple[str, ...] = ()
+    pooled: bool = False
+    once: bool = False
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What an architecture is, for all that needs to know: models, conversion, calibration, energy, cards, scripts.
+
+    Attributes:
+        title: In cards and reports.
+        models: Name of the model class by the Auto class that loads it.
+        blocks: Path of the list of blocks, in the trunk that runs.
+        attention: Path of the attention, in a block.
+        sites: Of every block, in the order they run in.
+        products: Of every block, in the order they run in.
+        trunk: Path, in the base model, of the module that every head calls.
+        outer_sites: Outside of blocks; a path that a model lacks is passed over.
+        outer_products: In the same way.
+        time_ends: Module of a head that still sees every timestep, and whose output is averaged over time in place of
+            the trunk's; where a model lacks it, time ends with the trunk.
+        causal: Whether position s speaks of token s + 1.
+        positions: Positions that can be learned, as an amount to add to `max_position_embeddings`; `None` where they
+            are rotary and have no end.
+        initial_threshold: Of a site that no checkpoint has a threshold for.
+    """
+
+    title: str
+    models: dict[str, str]
+    blocks: str
+    attention: str
+    sites: tuple[Site, ...]
+    products: tuple[Product, ...]
+    trunk: str = ""
+    outer_sites: tuple[Site, ...] = ()
+    outer_products: tuple[Product, ...] = ()
+    time_ends: str | None = None
+    causal: bool = False
+    positions: int | None = 0
+    initial_threshold: float = 2.0
+
+    @property
+    def first_products(self) -> tuple[str, ...]:
+        """Paths, in a block, of what runs before its first site: in the first block, the same at every timestep."""
+        fed = {site.target for site in self.sites}
+        before = [path for product in self.products for path in product.weights if path not in fed]
+        return (self.attention, *(path for path in before if not path.startswith(f"{self.attention}.")))
+
+
+def _models(prefix: str, *auto_classes: str, **exceptions: str) -> dict[str, str]:
+    """`{"AutoModel": "FASXModel", "AutoModelForY": "FASXForY", …}`."""
+    names = {f"AutoModelFor{name}": exceptions.get(name, f"FAS{prefix}For{name}") for name in auto_classes}
+    return {"AutoModel": f"FAS{prefix}Model"} | names
+
+
+_ENCODER_HEADS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+_DECODER_HEADS = ("CausalLM", "SequenceClassification")
+_ATTENTION = (Product("scores"), Product("values"))
+_HEADS = (
+    Product("head", ("lm_head",), once=True),
+    Product("head", ("score",), once=True),
+    Product("head", ("qa_outputs",), once=True),
+)
+
+
+def _bert(title: str, prefix: str, *more_heads: str, **differences: Any) -> Backbone:
+    """BERT and what is built like it."""
+    own = Backbone(
+        title=title,
+        models=_models(prefix, *_ENCODER_HEADS, *more_heads),
+        blocks="encoder.layer",
+        attention="attention",
+        sites=(Site("intermediate.intermediate_act_fn", "intermediate_size", feeds="output.dense"),),
+        products=(
+            Product("qkv", ("attention.self.query", "attention.self.key", "attention.self.value")),
+            *_ATTENTION,
+            Product("attention output", ("attention.output.dense",)),
+            Product("mlp in", ("intermediate.dense",)),
+            Product("mlp out", ("output.dense",)),
+        ),
+        initial_threshold=2.5,
+    )
+    return Backbone(**{**vars(own), **differences})
+
+
+def _llama(title: str, prefix: str) -> Backbone:
+    """Llama and what is built like it. A gate takes the place of the activation, so the site stands after it."""
+    return Backbone(
+        title=title,
+        models=_models(prefix, *_DECODER_HEADS),
+        blocks="layers",
+        attention="self_attn",
+        sites=(Site("mlp.down_proj", "intermediate_size", at="input", signed=True),),
+        products=(
+            Product("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            *_ATTENTION,
+            Product("attention output", ("self_attn.o_proj",)),
+            Product("mlp in", ("mlp.gate_proj", "mlp.up_proj")),
+            Product("mlp out", ("mlp.down_proj",)),
+        ),
+        outer_products=_HEADS,
+        causal=True,
+        positions=None,
+    )
+
+
+BACKBONES: dict[str, Backbone] = {
+    "gpt2": Backbone(
+        title="GPT-2",
+        models=_models("GPT2", *_DECODER_HEADS, "TokenClassification", CausalLM="FASGPT2LMHeadModel"),
+        blocks="h",
+        attention="attn",
+        sites=(Site("mlp.act", "intermediate_size", feeds="mlp.c_proj"),),
+        products=(
+            Product("qkv", ("attn.c_attn",)),
+            *_ATTENTION,
+            Product("attention output", ("attn.c_proj",)),
+            Product("mlp in", ("mlp.c_fc",)),
+            Product("mlp out", ("mlp.c_proj",)),
+        ),
+        outer_products=(*_HEADS, Product("head", ("classifier",), once=True)),
+        causal=True,
+    ),
+    "bert": _bert(
+        "BERT",
+        "Bert",
+        "MultipleChoice",
+        outer_sites=(
+            Site("pooler.activation", "hidden_size", feeds="classifier", group="pooler", per_position=False),
+            Site("cls.predictions.transform.transform_act_fn", "hidden_size", group="transform"),
+        ),
+        outer_products=(
+            Product("pooler", ("pooler.dense",), pooled=True),
+            Product("transform", ("cls.predictions.transform.dense",)),
+            Product("head", ("cls.predictions.decoder",), once=True),
+            Product("head", ("classifier",), pooled=True, once=True),
+            *_HEADS,
+        ),
+        time_ends="cls.predictions.transform",
+    ),
+    "roberta": _bert(
+        "RoBERTa",
+        "Roberta",
+        outer_products=(
+            Product("pooler", ("pooler.dense",), pooled=True),
+            Product("transform", ("classifier.dense",), pooled=True, once=True),
+            Product("transform", ("lm_head.dense",), once=True),
+            Product("head", ("lm_head.decoder",), once=True),
+            Product("head", ("classifier.out_proj",), pooled=True, once=True),
+            Product("head", ("classifier",), pooled=True, once=True),
+            *_HEADS[2:],
+        ),
+        positions=-2,
+    ),
+    "distilbert": Backbone(
+        title="DistilBERT",
+        models=_models("DistilBert", *_ENCODER_HEADS),
+        blocks="transformer.layer",
+        attention="attention",
+        sites=(Site("ffn.activation", "hidden_dim", feeds="ffn.lin2"),),
+        products=(
+            Product("qkv", ("attention.q_lin", "attention.k_lin", "attention.v_lin")),
+            *_ATTENTION,
+            Product("attention output", ("attention.out_lin",)),
+            Product("mlp in", ("ffn.lin1",)),
+            Product("mlp out", ("ffn.lin2",)),
+        ),
+        outer_sites=(Site("activation", "hidden_size", group="transform"),),
+        outer_products=(
+            Product("transform", ("vocab_transform",)),
+            Product("head", ("vocab_projector",), once=True),
+            Product("transform", ("pre_classifier",), pooled=True, once=True),
+            Product("head", ("classifier",), pooled=True, once=True),
+            *_HEADS,
+        ),
+        time_ends="vocab_layer_norm",
+        initial_threshold=2.5,
+    ),
+    "opt": Backbone(
+        title="OPT",
+        models=_models("OPT", *_DECODER_HEADS),
+        blocks="layers",
+        attention="self_attn",
+        sites=(Site("activation_fn", "ffn_dim", feeds="fc2", per_position=False),),
+        products=(
+            Product("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            *_ATTENTION,
+            Product("attention output", ("self_attn.out_proj",)),
+            Product("mlp in", ("fc1",)),
+            Product("mlp out", ("fc2",)),
+        ),
+        trunk="decoder",
+        outer_products=(
+            Product("project in", ("decoder.project_in",), once=True),
+            Product("project out", ("decoder.project_out",)),
+            *_HEADS,
+        ),
+        causal=True,
+    ),
+    "llama": _llama("Llama", "Llama"),
+    "qwen2": _llama("Qwen2", "Qwen2"),
+    "qwen3": _llama("Qwen3", "Qwen3"),
+}
 
 SCHEDULES = ("stepwise", "layerwise")
 GRANULARITIES = ("layer", "neuron", "position")
@@ -59,11 +317,11 @@ def _checked(name: str, value: Any) -> Any:
 
 
 class FASConfig(PretrainedConfig):
-    """Configuration of a spiking language model; builds the one of its backbone.
+    """Configuration of a spiking language model; builds the one of its backbone, a key of `BACKBONES`.
 
-    `FASConfig(backbone="gpt2", …)` gives a [`FASGPT2Config`], `backbone="bert"` a [`FASBertConfig`]; both take
-    every setting of the stock configuration too. `FASConfig.from_pretrained` reads stock and FAS checkpoints alike.
-    Settings are checked whenever they are set, so a configuration never holds a value that cannot run.
+    `FASConfig(backbone="gpt2", …)` gives a [`FASGPT2Config`], and so on; each takes every setting of its stock
+    configuration too. `FASConfig.from_pretrained` reads stock and FAS checkpoints alike. Settings are checked whenever
+    they are set, so a configuration never holds a value that cannot run.
 
     Args:
         L (`int`, defaults to 8): quantisation levels of the activation in ANN mode.
@@ -76,8 +334,8 @@ class FASConfig(PretrainedConfig):
         granularity (`str`, defaults to `"neuron"`): who shares a fine threshold: `"layer"`, `"neuron"`, `"position"`.
         folded (`bool`, defaults to `False`): whether the thresholds are part of the weights that follow the sites, so
             that what travels is 0 or 1.
-        initial_threshold (`float`): threshold of a site that no checkpoint has one for. Defaults to 2.0 for GPT-2
-            and 2.5 for BERT (the published code; 1.24 in its masked-LM step).
+        initial_threshold (`float`): threshold of a site that no checkpoint has one for. Defaults to 2.0 for decoders
+            and 2.5 for encoders (the published code; 1.24 in its masked-LM step).
 
     Raises:
         ValueError: for a value of the wrong type or out of range, an unknown backbone, or a checkpoint of another
@@ -87,8 +345,6 @@ class FASConfig(PretrainedConfig):
     model_type = "fas"
     backbone = ""
     _stock_class: ClassVar[Any] = None
-    _auto_models: ClassVar[dict[str, str]] = {}
-    _initial_threshold = 2.0
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(_config_class(kwargs) if cls is FASConfig and kwargs else cls)
@@ -103,14 +359,31 @@ class FASConfig(PretrainedConfig):
                 f"`{type(self).__name__}` is for the backbone {self.backbone!r}, got backbone {backbone!r} and "
                 f"`model_type` {model_type!r}. `FASConfig` chooses the class by itself."
             )
-        for name, default in (_DEFAULTS | {"initial_threshold": self._initial_threshold}).items():
+        table = BACKBONES.get(self.backbone)
+        for name, default in (_DEFAULTS | {"initial_threshold": table.initial_threshold if table else 2.0}).items():
             setattr(self, name, kwargs.pop(name, default))
         self._warn_about_unknown_keys(kwargs, from_file="transformers_version" in kwargs or "architectures" in kwargs)
-        super().__init__(**kwargs)
-        if self._auto_models:
+        super().__init__(**self._with_rope(kwargs))
+        if table:
             self.auto_map = {"AutoConfig": f"configuration_fas.{type(self).__name__}"} | {
-                auto: f"modeling_fas.{model}" for auto, model in self._auto_models.items()
+                auto: f"modeling_fas.{model}" for auto, model in table.models.items()
             }
+
+    @property
+    def table(self) -> Backbone:
+        """What the backbone is."""
+        return BACKBONES[self.backbone]
+
+    @classmethod
+    def _with_rope(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Settings of rotary positions that transformers 5 wrote, under the names that transformers 4 reads."""
+        rope = kwargs.get("rope_parameters")
+        if not isinstance(rope, dict) or "rope_theta" not in vars(cls._stock_class()):
+            return kwargs
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        plain = scaling.get("rope_type", "default") == "default"
+        theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        return {"rope_scaling": None if plain else scaling} | theta | kwargs
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _DEFAULTS or name == "initial_threshold":
@@ -162,10 +435,13 @@ class FASGPT2Config(FASConfig, GPT2Config):
     model_type = "fas_gpt2"
     backbone = "gpt2"
     _stock_class = GPT2Config
-    _auto_models = {"AutoModel": "FASGPT2Model", "AutoModelForCausalLM": "FASGPT2LMHeadModel"}
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+
+    @property
+    def intermediate_size(self) -> int:
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
 
 class FASBertConfig(FASConfig, BertConfig):
@@ -174,29 +450,101 @@ class FASBertConfig(FASConfig, BertConfig):
     model_type = "fas_bert"
     backbone = "bert"
     _stock_class = BertConfig
-    _auto_models = {
-        "AutoModel": "FASBertModel",
-        "AutoModelForMaskedLM": "FASBertForMaskedLM",
-        "AutoModelForSequenceClassification": "FASBertForSequenceClassification",
-    }
-    _initial_threshold = 2.5
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
 
 
+class FASRobertaConfig(FASConfig, RobertaConfig):
+    """[`FASConfig`] of a RoBERTa backbone; every setting of `RobertaConfig` besides."""
+
+    model_type = "fas_roberta"
+    backbone = "roberta"
+    _stock_class = RobertaConfig
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+class FASDistilBertConfig(FASConfig, DistilBertConfig):
+    """[`FASConfig`] of a DistilBERT backbone; every setting of `DistilBertConfig` besides."""
+
+    model_type = "fas_distilbert"
+    backbone = "distilbert"
+    _stock_class = DistilBertConfig
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+class FASOPTConfig(FASConfig, OPTConfig):
+    """[`FASConfig`] of an OPT backbone; every setting of `OPTConfig` besides."""
+
+    model_type = "fas_opt"
+    backbone = "opt"
+    _stock_class = OPTConfig
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+class FASLlamaConfig(FASConfig, LlamaConfig):
+    """[`FASConfig`] of a Llama backbone; every setting of `LlamaConfig` besides."""
+
+    model_type = "fas_llama"
+    backbone = "llama"
+    _stock_class = LlamaConfig
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+class FASQwen2Config(FASConfig, Qwen2Config):
+    """[`FASConfig`] of a Qwen2 backbone; every setting of `Qwen2Config` besides."""
+
+    model_type = "fas_qwen2"
+    backbone = "qwen2"
+    _stock_class = Qwen2Config
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+class FASQwen3Config(FASConfig, Qwen3Config):
+    """[`FASConfig`] of a Qwen3 backbone; every setting of `Qwen3Config` besides."""
+
+    model_type = "fas_qwen3"
+    backbone = "qwen3"
+    _stock_class = Qwen3Config
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+CONFIGURATIONS: tuple[type[FASConfig], ...] = (
+    FASGPT2Config,
+    FASBertConfig,
+    FASRobertaConfig,
+    FASDistilBertConfig,
+    FASOPTConfig,
+    FASLlamaConfig,
+    FASQwen2Config,
+    FASQwen3Config,
+)
+
+
 def _config_class(config_dict: dict[str, Any]) -> type[FASConfig]:
     """The configuration class for a `backbone` or, failing that, a `model_type`."""
     name = config_dict.get("backbone", config_dict.get("model_type"))
-    for config_class in (FASGPT2Config, FASBertConfig):
+    for config_class in CONFIGURATIONS:
         if config_class._reads(name):
             return config_class
-    raise ValueError(f"`backbone` must be 'gpt2' or 'bert' (or come with a checkpoint of that type), got {name!r}.")
+    known = ", ".join(map(repr, BACKBONES))
+    raise ValueError(f"`backbone` must be one of {known} (or come with a checkpoint of that type), got {name!r}.")
 
 
-FASGPT2Config.register_for_auto_class()
-FASBertConfig.register_for_auto_class()
-# Registering from remote code would make the first checkpoint's classes serve all later ones.
-if not __name__.startswith("transformers_modules."):
-    AutoConfig.register(FASGPT2Config.model_type, FASGPT2Config, exist_ok=True)
-    AutoConfig.register(FASBertConfig.model_type, FASBertConfig, exist_ok=True)
+for _class in CONFIGURATIONS:
+    _class.register_for_auto_class()
+    # Registering from remote code would make the first checkpoint's classes serve all later ones.
+    if not __name__.startswith("transformers_modules."):
+        AutoConfig.register(_class.model_type, _class, exist_ok=True)

@@ -24,8 +24,8 @@ from transformers.utils import logging
 
 from configuration_fas import FASGPT2Config
 from modeling_fas import FASGPT2LMHeadModel
-from training.calibration import calibration_loss, freeze_for_calibration
-from training.coarse import PUBLISHED_PAIR, set_pair
+from training.calibrate import calibration_loss, freeze_for_calibration
+from training.calibrate.coarse import PUBLISHED_PAIR, set_pair
 from training.results import write_results
 
 

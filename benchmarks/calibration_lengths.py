@@ -12,7 +12,7 @@ from _calibration_tasks import ROOT, Prose, perplexity
 from calibration_quality import SETTINGS, train
 from transformers.utils import logging
 
-from training.coarse import coarse_search
+from training.calibrate import coarse_search
 from training.results import write_results
 
 

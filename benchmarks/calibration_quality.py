@@ -17,8 +17,8 @@ from _calibration_tasks import ROOT, TASKS
 from transformers.utils import logging
 
 from training.arguments import CALIBRATION_SETTINGS, THRESHOLD_LEARNING_RATES
-from training.calibration import calibration_loss, freeze_for_calibration, output_error
-from training.coarse import PUBLISHED_PAIR, coarse_search, set_pair
+from training.calibrate.coarse import PUBLISHED_PAIR, coarse_search, set_pair
+from training.calibrate.loss import calibration_loss, freeze_for_calibration, output_error
 from training.results import commit, read_results, write_results
 
 

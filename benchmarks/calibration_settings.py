@@ -17,7 +17,7 @@ from _calibration_tasks import ROOT, TASKS, Glue
 from calibration_quality import SETTINGS, search, train
 from transformers.utils import logging
 
-from training.calibration import output_error
+from training.calibrate.loss import output_error
 from training.results import commit, read_results, write_results
 
 

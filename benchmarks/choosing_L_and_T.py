@@ -14,7 +14,7 @@ import torch
 from _calibration_tasks import ROOT, Prose
 from transformers.utils import logging
 
-from training.coarse import coarse_search
+from training.calibrate import coarse_search
 from training.results import read_results, write_results
 
 

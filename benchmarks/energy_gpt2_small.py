@@ -1,4 +1,4 @@
-"""Energy of GPT-2 small at 1,024 tokens and a spike rate of 0.1, analytic: nothing runs, no weights are needed."""
+"""Energy of GPT-2 small at a spike rate of 0.1, analytic: nothing runs, no weights are needed."""
 
 from pathlib import Path
 
@@ -6,16 +6,16 @@ import torch
 
 from configuration_fas import FASGPT2Config
 from modeling_fas import FASGPT2LMHeadModel
-from training.energy import energy_report
+from training.evaluate import energy_report
 from training.results import markdown_table, write_results
 
 
-LENGTH, SPIKE_RATE = 1024, 0.1
+LENGTHS, SPIKE_RATE = (1024, 128), 0.1
 EXECUTIONS = ["ann", "layerwise", "stepwise", "replicated"]
 OUTPUT = Path(__file__).parent / "results" / "energy_gpt2_small.json"
 
 
-def rows() -> list[dict]:
+def rows(length: int) -> list[dict]:
     """One row for each execution and T: millions of operations per token, and the ratio to the ANN."""
     with torch.device("meta"):
         model = FASGPT2LMHeadModel(FASGPT2Config())
@@ -23,10 +23,10 @@ def rows() -> list[dict]:
     for execution in EXECUTIONS:
         for T in (1, 2, 4, 8) if execution != "ann" else (0,):
             settings = {"execution": execution, "T": T, "spike_rates": SPIKE_RATE}
-            full, causal = (energy_report(model, LENGTH, causal=causal, **settings) for causal in (False, True))
+            full, causal = (energy_report(model, length, causal=causal, **settings) for causal in (False, True))
             counts = ("dense", "effective_macs", "effective_acs", "membrane_updates")
             found.append(
-                {"execution": execution, "T": T}
+                {"length": length, "execution": execution, "T": T}
                 | {name.replace("_", " ") + ", M": full[name] / 1e6 for name in counts}
                 | {"µJ": full["energy_pj"] / 1e6, "ratio": full["ratio"], "ratio, causal": causal["ratio"]}
             )
@@ -34,8 +34,8 @@ def rows() -> list[dict]:
 
 
 def main() -> None:
-    found = rows()
-    configuration = {"model": "GPT-2 small", "length": LENGTH, "spike_rate": SPIKE_RATE}
+    found = [row for length in LENGTHS for row in rows(length)]
+    configuration = {"model": "GPT-2 small", "lengths": LENGTHS, "spike_rate": SPIKE_RATE}
     write_results(OUTPUT, metrics=found, configuration=configuration)
     print(markdown_table(found, digits=2))
 

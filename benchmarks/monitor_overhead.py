@@ -10,7 +10,7 @@ import torch
 from benchmarks.common import peak_bytes, weight_bytes
 from configuration_fas import FASBertConfig, FASGPT2Config
 from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
-from training.monitors import SpikeMonitor
+from training.evaluate import SpikeMonitor
 from training.results import write_results
 
 

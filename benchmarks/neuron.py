@@ -2,7 +2,7 @@
 
 import torch
 
-import modeling_fas
+import neurons_fas
 from benchmarks.common import arguments, interleave, peak_bytes, ratio, report
 from tests import naive
 
@@ -23,7 +23,7 @@ def main() -> None:
 
     functions = {
         "loop": lambda: run(naive.fire),
-        "ours": lambda: run(modeling_fas.integrate_and_fire),
+        "ours": lambda: run(neurons_fas.integrate_and_fire),
     }
     peaks = {name: peak_bytes(function, args.device) for name, function in functions.items()}
     times = interleave(functions, args, warmup=0)

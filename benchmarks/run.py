@@ -12,9 +12,9 @@ def main() -> None:
     for script in SCRIPTS:
         runpy.run_module(f"benchmarks.{script}", run_name="__main__", alter_sys=True)
 
-    from benchmarks.table import BEGIN, PAGE, tables, update
+    from benchmarks import pages, speed_tables
 
-    update(PAGE, BEGIN, tables(), check=False)
+    pages.update(speed_tables.parts())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def main() -> None:
         ids = token_ids(batch, 128, args)
         rows, samples = [], {}
         for T in TIME_TARGET:
-            copies = naive.network("gpt2", model, T)
+            copies = naive.network(model, T)
             model.set_timesteps(T)
             functions = {
                 "naive": partial(naive.logits, copies, T, {"input_ids": ids}),

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training.results import markdown_table, read_results, write_results
+from training.results import flat, markdown_table, read_results, write_results
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,13 +130,13 @@ def main() -> None:
         printed.flush()
         done.check_returncode()
         folder = Path(flags[flags.index("--output_dir") + 1])
-        rows += [{"run": name, **row} for row in read_results(folder / "evaluation.json")["metrics"]]
+        rows += [{"run": name, **row} for row in read_results(folder / "evaluation.json")["metrics"]["rows"]]
         print(name, "done", flush=True)
-    table = markdown_table(rows)
+    table = markdown_table([flat(row) for row in rows])
     printed.write(f"{table}\n")
     print(table)
     configuration = {"steps": given.steps, "samples": given.samples, "commands": commands}
-    write_results(RESULTS / f"{given.group}.json", metrics=rows, configuration=configuration)
+    write_results(RESULTS / f"{given.group}.json", metrics={"rows": rows}, configuration=configuration)
 
 
 if __name__ == "__main__":

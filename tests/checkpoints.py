@@ -73,16 +73,16 @@ def tiny_results(folder: Path, kind: str, base: str = "someone/base") -> None:
     """`evaluation.json` as a training run writes it, with numbers that stand nowhere else."""
     task = {"task_name": "sst2"} if kind == "classifier" else {"dataset_name": "someone/text"}
     metric = "accuracy" if kind == "classifier" else "perplexity"
-    rows = [{"mode": "qcfs", "T": 0, "schedule": None, "split": "validation", metric: 0.8461, "loss": 0.4127}]
+    rows = [{"mode": "qcfs", "T": 0, "schedule": None, "quality": {metric: 0.8461, "loss": 0.4127}}]
     rows += [
-        {"mode": "spiking", "T": T, "schedule": schedule, "split": "validation", metric: 0.8 + T / 1000 + 0.00017}
-        | {"loss": 0.5 + T / 1000, "spike_rate": 0.0312 + T / 10000, "seconds": 1.5}
+        {"mode": "spiking", "T": T, "schedule": schedule, "quality": {metric: 0.8 + T / 1000 + 0.00017, "loss": 0.5}}
+        | {"spike_rate": 0.0312 + T / 10000, "seconds": 1.5}
         for T in (1, 4)
         for schedule in ("stepwise", "layerwise")
     ]
     write_results(
         folder / "evaluation.json",
-        metrics=rows,
+        metrics={"rows": [row | {"split": "validation"} for row in rows]},
         configuration={
             "model": {"stage": "calibrate", "model_name_or_path": base},
             "data": task,

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from checkpoints import tiny_checkpoint
 from configuration_fas import __version__
-from training.clean_load import probe_logits
+from training.publish.clean_load import probe_logits
 
 
 SMALL = {

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 import tiny
-from training.calibration import (
+from modeling_fas import FASBertModel
+from training.calibrate.coarse import coarse_search, set_pair
+from training.calibrate.folding import fold_thresholds
+from training.calibrate.loss import (
     calibration_loss,
     describe_sites,
-    fold_thresholds,
     freeze_for_calibration,
     save_record,
 )
-from training.coarse import coarse_search, set_pair
 
 
 GRANULARITIES = ("layer", "neuron", "position")
@@ -136,12 +137,17 @@ def test_reentrant_checkpointing_is_refused():
         calibration_loss(model, tiny.batch("gpt2"))
 
 
+def hooks(model):
+    return [(list(module._forward_hooks), list(module._forward_pre_hooks)) for module in model.modules()]
+
+
 def test_nothing_stays_on_the_modules():
     model = calibrated("gpt2")
     freeze_for_calibration(model)
+    before = hooks(model)
     gradients(model, tiny.batch("gpt2"))
     copy.deepcopy(model)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert hooks(model) == before
     assert model.config.T == 4
     model.transformer.h[1].attn.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -280,7 +286,7 @@ def test_folding_leaves_outputs_and_sends_zeros_and_ones(kind, T, schedule, gran
         expected = model(**batch).logits
         fold_thresholds(model)
         model.save_pretrained(tmp_path)
-        model = type(model).from_pretrained(tmp_path).eval()
+        model = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
         sent = {}
         for name, neuron in model.neurons():
             neuron.register_forward_hook(lambda _m, _i, output, name=name: sent.__setitem__(name, output))
@@ -303,7 +309,7 @@ def test_what_cannot_be_folded_says_why():
     with pytest.raises(ValueError, match="folded"):
         model.begin_calibration(2)
     with pytest.raises(ValueError, match="head"):
-        fold_thresholds(calibrated("classify").bert)
+        fold_thresholds(FASBertModel(tiny.config("classify")))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -354,7 +360,10 @@ def test_search_by_neuron_gives_each_its_own_pair_and_silent_ones_that_of_their_
     settings = {"scales": (0.5, 0.7, 1.0), "potentials": (0.2, 0.5), "variance_weights": [0.0], "progress": False}
     for each in (model, by_site):
         with torch.no_grad():
-            each.transformer.h[0].mlp.c_fc.bias[:4] = -100.0  # silent neurons
+            bias = each.transformer.h[0].mlp.c_fc.bias
+            bias.copy_(torch.linspace(-1, 3, len(bias)))  # of different ranges
+            each.transformer.h[0].mlp.c_fc.weight.mul_(torch.linspace(0.1, 1, len(bias)))
+            bias[:4] = -100.0  # silent neurons
     model.begin_calibration(3)
     found = coarse_search(model, batch, **settings)
     coarse_search(by_site.begin_calibration(3), batch, per_neuron=False, **settings)

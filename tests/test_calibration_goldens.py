@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import golden
-from training.calibration import calibration_loss, freeze_for_calibration
+from training.calibrate import calibration_loss, freeze_for_calibration
 
 
 CASES = {

@@ -10,18 +10,18 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from checkpoints import MODELS, tiny_checkpoint, tiny_results
-from training.cards import (
+from training.publish.card import (
     TEMPLATE,
     CardOptions,
     Record,
     build_card,
     inherited_options,
     lineage,
-    main,
     read_sources,
-    rewrite_card,
 )
-from training.results import fingerprint, write_json, write_results
+from training.publish.cards import main, rewrite_card
+from training.publish.verification import VerificationError
+from training.results import fingerprint, flat, write_json, write_results
 
 
 COMMITTED = sorted(path for path in TEMPLATE.parent.glob("*.md") if path != TEMPLATE)
@@ -34,17 +34,18 @@ def make_card(folder: Path, repo_id: str, options: CardOptions, **more) -> Model
 
 def report(folder: Path, weights: str | None = None) -> None:
     """A report as `training.evaluate` writes it."""
-    rows = [{"model": "stock", "schedule": None, "T": 0, "quality": {"accuracy": 0.8571, "examples": 872}}]
+    rows = [{"mode": "stock", "schedule": None, "T": 0, "quality": {"accuracy": 0.8571, "examples": 872}}]
     rows += [
-        {"model": model, "schedule": schedule, "T": T, "quality": {"accuracy": accuracy, "examples": 872}}
+        {"mode": mode, "schedule": schedule, "T": T, "quality": {"accuracy": accuracy, "examples": 872}}
         | {"agreement": 0.9137 + T / 1000, "logit_error": 0.0731, "spike_rate": 0.0271 if T else None}
         | {"energy": {"ratio": 1.0 + T * 0.733}, "seconds": 3.25}
-        for model, schedule, T, accuracy in [
+        for mode, schedule, T, accuracy in [
             ("qcfs", None, 0, 0.8463),
-            ("fas", "stepwise", 4, 0.8377),
-            ("fas", "layerwise", 4, 0.8449),
+            ("spiking", "stepwise", 4, 0.8377),
+            ("spiking", "layerwise", 4, 0.8449),
         ]
     ]
+    rows = [row | {"split": "validation"} for row in rows]
     configuration = {"checkpoint": str(folder), "data": {"dataset": "x"}, "mac_pj": 4.6, "ac_pj": 0.9}
     configuration["weights_sha256"] = weights
     write_results(folder / "report" / "results.json", metrics={"rows": rows}, configuration=configuration)
@@ -142,8 +143,8 @@ def test_one_result_for_each_metric_T_and_schedule(tmp_path):
     tiny_checkpoint(tmp_path, "classifier")
     found = make_card(tmp_path, "tester/tiny", CardOptions()).data.eval_results
     told = [(r.metric_type, r.metric_args["T"], r.metric_args.get("schedule"), r.metric_value) for r in found]
-    rows = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
-    assert told == [("accuracy", row["T"], row["schedule"], row["accuracy"]) for row in rows]
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]["rows"]
+    assert told == [("accuracy", row["T"], row["schedule"], row["quality"]["accuracy"]) for row in rows]
 
 
 def test_the_report_comes_first_and_brings_energy(tmp_path):
@@ -155,6 +156,14 @@ def test_the_report_comes_first_and_brings_energy(tmp_path):
     assert "| spiking | 4 | stepwise | 0.0271 | 3.9320 |" in content
     assert "| stock model | 0 | – | 0.8571 | – |" in content
     assert "4.6 pJ" in content and "`report/results.json`" in content
+
+
+def test_rows_of_an_earlier_version_are_refused(tmp_path):
+    tiny_checkpoint(tmp_path, "classifier")
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    write_json(tmp_path / "evaluation.json", content | {"metrics": [{"mode": "qcfs", "T": 0, "accuracy": 0.8}]})
+    with pytest.raises(VerificationError, match=r"`evaluation.json` must hold rows .*Evaluate the checkpoint again"):
+        make_card(tmp_path, "tester/tiny", CardOptions())
 
 
 def test_calibration_is_told_site_by_site(tmp_path):
@@ -256,11 +265,7 @@ def test_every_number_of_a_committed_card_stands_in_the_file_beside_it(committed
     card = ModelCard.load(path)
     assert unexplained(card, source) == []
     rows = measured_by(json.loads(source.read_text())).rows
-    measured = {
-        (row["T"], row["schedule"], row.get("split", "validation")): row
-        for row in rows
-        if row["mode"] != "stock model"
-    }
+    measured = {(row["T"], row["schedule"], row["split"]): flat(row) for row in rows if row["mode"] != "stock"}
     named = set()
     for each in card.data.eval_results:
         key = each.metric_args["T"], each.metric_args.get("schedule"), each.dataset_split
@@ -274,13 +279,12 @@ def test_a_committed_card_shows_every_figure_of_quality_and_cost(committed):
     card, source = committed
     original = source.read_text()
     changed = 0
-    for index, row in enumerate(measured_by(json.loads(original)).rows):
+    for index, row in enumerate(map(flat, measured_by(json.loads(original)).rows)):
         for name in ("accuracy", "perplexity", "spike_rate", "energy_ratio"):
             if row.get(name) is None:
                 continue
             content = json.loads(original)
-            metrics = measured_by(content).content["metrics"]
-            change = (metrics["rows"] if isinstance(metrics, dict) else metrics)[index]
+            change = measured_by(content).content["metrics"]["rows"][index]
             if name == "energy_ratio":
                 change["energy"]["ratio"] += 0.011
             elif name in change:

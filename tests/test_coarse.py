@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import tiny
-from training.calibration import calibration_loss
-from training.coarse import coarse_search, start_calibration
+from training.calibrate.coarse import coarse_search, start_calibration
+from training.calibrate.loss import calibration_loss
 
 
 def constant_sites(inputs: list[torch.Tensor], T: int, granularity: str):

@@ -95,10 +95,10 @@ def test_a_misspelt_key_warns(key, meant, caplog, monkeypatch):
 
 
 def test_a_missing_or_contradicting_backbone_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`backbone` must be 'gpt2' or 'bert'.*got None"):
+    with pytest.raises(ValueError, match=r"`backbone` must be one of 'gpt2', 'bert', .*'qwen3'.*got None"):
         FASConfig(L=4)
-    with pytest.raises(ValueError, match=r"got 'llama'"):
-        FASConfig(backbone="llama")
+    with pytest.raises(ValueError, match=r"got 't5'"):
+        FASConfig(backbone="t5")
     with pytest.raises(ValueError, match=r"is for the backbone 'bert'"):
         FASBertConfig(backbone="gpt2")
     FASGPT2Config().save_pretrained(tmp_path)
@@ -116,3 +116,24 @@ def test_a_model_and_its_configuration_never_disagree(kind):
             model.set_timesteps(*wrong)
         assert (model.config.T, model.config.schedule) == (5, "layerwise")
         assert {(neuron.T, neuron.schedule) for _, neuron in model.neurons()} == {(5, "layerwise")}
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_running_is_for_a_while_also_when_it_fails(kind):
+    def settings():
+        return {(each.T, each.schedule) for each in (model.config, *(neuron for _, neuron in model.neurons()))}
+
+    model = tiny.model(kind).set_timesteps(5, "layerwise")
+    with model.running(2) as running:
+        assert running is model and settings() == {(2, "layerwise")}
+        with model.running(0, "stepwise"):
+            assert settings() == {(0, "stepwise")}
+        assert settings() == {(2, "layerwise")}
+        model.set_timesteps(7)
+    assert settings() == {(5, "layerwise")}
+    with pytest.raises(KeyError), model.running(3, "stepwise"):
+        raise KeyError
+    assert settings() == {(5, "layerwise")}
+    with pytest.raises(ValueError, match="must be"), model.running(3, "sideways"):
+        pass
+    assert settings() == {(5, "layerwise")}

@@ -15,7 +15,7 @@ from modeling_fas import (
     FASGPT2LMHeadModel,
     FASGPT2Model,
 )
-from training.energy import AC_PJ, MAC_PJ, count_operations, energy_report, total
+from training.evaluate.energy import AC_PJ, MAC_PJ, count_operations, energy_report, total
 from training.results import markdown_table
 
 

@@ -12,13 +12,12 @@ import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 import tiny
-import training.measurement
 from modeling_fas import FASBertForMaskedLM, FASBertForSequenceClassification, FASGPT2LMHeadModel
-from training.energy import energy_report
-from training.evaluate import main
-from training.examples import windows
-from training.measurement import Mode, early_exit_curve, evaluate, make_batches, measure_latency
-from training.monitors import SpikeMonitor
+from training.evaluate import SpikeMonitor, energy_report, measurement
+from training.evaluate.command import main
+from training.evaluate.examples import windows
+from training.evaluate.measurement import early_exit_curve, evaluate, make_batches, measure_latency
+from training.evaluate.rows import Mode
 from training_helpers import save_bert, save_gpt2, write_corpus, write_lines, write_reviews
 
 
@@ -115,7 +114,7 @@ def test_early_exit_equals_shorter_runs(kind):
 
 def test_layerwise_at_T_equal_L_is_the_quantisation_baseline():
     results = evaluate(tiny.model("classify", L=4), sentences(), metric="mnli", timesteps=[4])
-    ann, spiking = row_of(results, model="qcfs"), row_of(results, schedule="layerwise")
+    ann, spiking = row_of(results, mode="qcfs"), row_of(results, schedule="layerwise")
     assert spiking["quality"] == ann["quality"]
     assert (spiking["agreement"], spiking["logit_error"]) == (1.0, 0.0)
     assert {site["error"] for site in spiking["sites"]} == {0.0}
@@ -136,13 +135,13 @@ def test_energy_is_that_of_the_measured_rates():
     assert row["energy"]["energy_pj"] == pytest.approx(expected["energy_pj"], rel=1e-3)
     assert row["energy"]["ratio"] > 1 > row_of(results, schedule="layerwise")["energy"]["ratio"]
     assert row["energy"]["ratio_replicated"] > row["energy"]["ratio"]
-    assert row_of(results, model="qcfs")["energy"]["ratio"] == 1
+    assert row_of(results, mode="qcfs")["energy"]["ratio"] == 1
 
 
 def test_latency_of_every_mode():
     results = evaluate(tiny.model("classify"), sentences(), metric="mnli", timesteps=[2], batch_size=2)
-    found = {(row["model"], row["schedule"]): row for row in results["latency"]}
-    assert found.keys() == {("qcfs", None), ("fas", "stepwise"), ("fas", "layerwise")}
+    found = {(row["mode"], row["schedule"]): row for row in results["latency"]}
+    assert found.keys() == {("qcfs", None), ("spiking", "stepwise"), ("spiking", "layerwise")}
     assert found["qcfs", None]["ratio"] == 1
     assert all(0 < row["fastest"] <= row["milliseconds"] <= row["slowest"] for row in results["latency"])
 
@@ -180,8 +179,8 @@ def test_interrupted_it_goes_on_with_what_is_missing(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, examples, **settings, on_result=interrupt)
     measured = []
-    measure = training.measurement._measure
-    monkeypatch.setattr(training.measurement, "_measure", lambda *args: measured.append(args[2]) or measure(*args))
+    measure = measurement._measure
+    monkeypatch.setattr(measurement, "_measure", lambda *args: measured.append(args[2]) or measure(*args))
     rest = evaluate(model, examples, **settings, finished=saved[-1])
     assert [str(mode) for mode in measured] == ["layerwise T = 1", "layerwise T = 2"]
     untimed = [[{**row, "seconds": None} for row in results["rows"]] for results in (rest, whole)]
@@ -192,9 +191,10 @@ def test_interrupted_it_goes_on_with_what_is_missing(monkeypatch):
 def test_the_model_is_left_as_it_was():
     model = tiny.model("classify").set_timesteps(5, "layerwise").train()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = [(list(each._forward_hooks), list(each._forward_pre_hooks)) for each in model.modules()]
     evaluate(model, sentences(), metric="mnli", timesteps=[2], stock=tiny.model("classify"))
     assert (model.config.T, model.config.schedule, model.training) == (5, "layerwise", True)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert [(list(each._forward_hooks), list(each._forward_pre_hooks)) for each in model.modules()] == hooks
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
@@ -304,7 +304,7 @@ def test_command_line_for_a_classifier(folder, tmp_path):
     assert results == json.loads((tmp_path / "results.json").read_text())
     assert results["status"] == "complete"
     rows = results["metrics"]["rows"]
-    assert [row["model"] for row in rows] == ["stock", "qcfs", "fas", "fas"]
+    assert [row["mode"] for row in rows] == ["stock", "qcfs", "spiking", "spiking"]
     assert rows[0]["quality"]["examples"] == 12
     assert "sites" not in rows[0]
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -328,20 +328,20 @@ def test_command_line_for_a_language_model(folder, tmp_path):
 
 
 def test_interrupted_command_line_keeps_rows(folder, tmp_path, monkeypatch):
-    measure = training.measurement._measure
+    measure = measurement._measure
 
     def interrupted(model, batches, mode, *args):
         if mode.schedule == "layerwise":
             raise KeyboardInterrupt
         return measure(model, batches, mode, *args)
 
-    monkeypatch.setattr(training.measurement, "_measure", interrupted)
+    monkeypatch.setattr(measurement, "_measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(folder, CLASSIFIER, out=tmp_path)
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["status"] == "partial"
     assert len(kept["metrics"]["rows"]) == 3
-    monkeypatch.setattr(training.measurement, "_measure", measure)
+    monkeypatch.setattr(measurement, "_measure", measure)
     results = run(folder, CLASSIFIER, out=tmp_path)
     assert results["status"] == "complete"
     assert results["metrics"]["rows"][:3] == kept["metrics"]["rows"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import golden
-from modeling_fas import integrate_and_fire, qcfs
+from neurons_fas import integrate_and_fire, qcfs
 
 
 def assert_gradient(actual: torch.Tensor, expected: torch.Tensor, zero: bool = False) -> None:

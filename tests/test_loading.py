@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import tiny
+from configuration_fas import BACKBONES
 from modeling_fas import FASBertForMaskedLM, FASGPT2LMHeadModel
 
 
@@ -76,12 +77,11 @@ def test_auto_classes_load_what_was_saved(kind, granularity, tmp_path):
         "config.json",
         "configuration_fas.py",
         "modeling_fas.py",
+        "neurons_fas.py",
         "model.safetensors",
     }
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    bert_heads = {"AutoModelForMaskedLM", "AutoModelForSequenceClassification"}
-    heads = {"AutoModelForCausalLM"} if kind == "gpt2" else bert_heads
-    assert auto_map.keys() == {"AutoConfig", "AutoModel"} | heads
+    assert auto_map.keys() == {"AutoConfig", *BACKBONES[model.config.backbone].models}
     loaded = AUTO[kind].from_pretrained(tmp_path)
     assert type(loaded) is tiny.CLASSES[kind]
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)

@@ -30,7 +30,7 @@ def test_stepwise_equals_the_published_algorithm(kind, granularity):
         for _, neuron in model.neurons():
             torch.nn.init.uniform_(neuron.fine_threshold, 0.3, 1.2)
             torch.nn.init.uniform_(neuron.initial_potential, -0.2, 1.2)
-    plain = naive.logits(naive.network(kind, model, T), T, inputs)
+    plain = naive.logits(naive.network(model, T), T, inputs)
     expected = gradients(model, plain.square().mean())
     logits = model(**inputs).logits
     torch.testing.assert_close(logits, plain, **EXACT)
@@ -223,7 +223,7 @@ def test_any_number_of_layers_and_any_width(kind, sizes):
         sizes = {renamed.get(key, "num_attention_heads"): value for key, value in sizes.items()}
     model, inputs = tiny.model(kind, T=3, **sizes).double(), tiny.batch(kind)
     assert len(model.neurons()) == model.config.num_hidden_layers + (kind != "gpt2")
-    plain = naive.logits(naive.network(kind, model, 3), 3, inputs)
+    plain = naive.logits(naive.network(model, 3), 3, inputs)
     torch.testing.assert_close(model(**inputs).logits, plain, **EXACT)
 
 

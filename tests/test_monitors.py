@@ -5,8 +5,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny
-import training.monitors
-from training.monitors import RATE_BINS, SiteErrors, SpikeMonitor
+from training.evaluate import monitors
+from training.evaluate.monitors import RATE_BINS, SiteErrors, SpikeMonitor
 
 
 TOKENS = 9 + 6 + 4  # of the batch, without padding
@@ -38,7 +38,7 @@ def calibrate(model, granularity):
 @pytest.mark.parametrize("granularity", [None, "layer", "neuron", "position"])
 @pytest.mark.parametrize("schedule", ["stepwise", "layerwise"])
 def test_counts_are_those_of_all_activations(kind, granularity, schedule, monkeypatch):
-    monkeypatch.setitem(training.monitors.CHUNK, "cpu", 100)  # several chunks
+    monkeypatch.setitem(monitors.CHUNK, "cpu", 100)  # several chunks
     model, batch, T = tiny.model(kind), tiny.batch(kind), 3
     if granularity:
         calibrate(model, granularity)
@@ -105,9 +105,13 @@ def test_around_generate(schedule):
     assert {site.steps for site in beams.sites.values()} == {3 * 2 * (8 + 2 * 3)}
 
 
+def hooks_of(module):
+    return list(module._forward_hooks), list(module._forward_pre_hooks)
+
+
 def test_calls_add_up_and_nothing_stays():
     model, batch = tiny.model("gpt2").set_timesteps(3), tiny.batch("gpt2")
-    before = model(**batch).logits
+    before, hooks = model(**batch).logits, [*map(hooks_of, model.modules())]
     monitor = SpikeMonitor(model)
     for expected in (3 * TOKENS, 6 * TOKENS):
         with monitor, torch.no_grad():
@@ -115,7 +119,7 @@ def test_calls_add_up_and_nothing_stays():
         assert {site.steps for site in monitor.sites.values()} == {expected}
     with pytest.raises(RuntimeError, match="on purpose"), monitor:
         raise RuntimeError("on purpose")
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert [*map(hooks_of, model.modules())] == hooks
     held = [value for site in monitor.sites.values() for value in vars(site).values() if torch.is_tensor(value)]
     assert all(value.numel() == 4 * 32 for value in held)
 

@@ -5,7 +5,7 @@ import torch
 
 import naive
 import tiny
-from modeling_fas import FASNeuron, integrate_and_fire, qcfs, spike_rate
+from neurons_fas import FASNeuron, integrate_and_fire, qcfs, spike_rate
 
 
 THRESHOLDS = [0.1, 0.5, 1.0, 1.3, 2.7]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import modeling_fas
 import naive
-from modeling_fas import integrate_and_fire, qcfs, spike_rate
+import neurons_fas
+from neurons_fas import integrate_and_fire, qcfs, spike_rate
 
 
 B, S, D, L = 3, 7, 10, 6
@@ -37,7 +37,7 @@ def plain_qcfs(x, threshold, levels):
 
 @pytest.fixture(params=[1 << 16, 40], ids=["one_block", "blocks"])
 def block_size(request, monkeypatch):
-    monkeypatch.setattr(modeling_fas, "BLOCK_SIZE", request.param)
+    monkeypatch.setattr(neurons_fas, "BLOCK_SIZE", request.param)
     return request.param
 
 

@@ -19,7 +19,11 @@ tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Triton comes with PyTorch for CUDA and is asked for on first use only: tests/test_triton.py runs without it.
-HUB_FILES = {"configuration_fas.py": {"transformers"}, "modeling_fas.py": {"transformers", "torch", "triton"}}
+HUB_FILES = {
+    "configuration_fas.py": {"transformers"},
+    "neurons_fas.py": {"transformers", "torch", "triton"},
+    "modeling_fas.py": {"transformers", "torch"},
+}
 PRODUCT = sorted(ROOT / name for name in HUB_FILES) + sorted((ROOT / "training").rglob("*.py"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
@@ -49,6 +53,17 @@ def test_make_help_lists_every_target():
     assert {line.split()[0] for line in listed.splitlines()} == make_targets()
 
 
+def test_every_room_is_a_command():
+    commands = ("evaluate.report", "publish.cards", "evaluate", "publish", "calibrate")
+    run = "import runpy, sys\nfor name in sys.argv[1:]:\n    sys.argv = [name, '--help']\n    try:\n"
+    run += "        runpy.run_module(f'training.{name}', run_name='__main__')\n"
+    run += "    except SystemExit as end:\n        assert not end.code\n"
+    command = [sys.executable, "-W", "error::RuntimeWarning:runpy", "-c", run, *commands]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage:") == len(commands)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
 def test_documents_name_only_what_exists(document):
     text = document.read_text()
@@ -73,7 +88,7 @@ def test_hub_files_import_only_what_a_checkpoint_may_rely_on(name):
 
 
 def test_triton_is_imported_inside_one_function_only():
-    tree = ast.parse((ROOT / "modeling_fas.py").read_text())
+    tree = ast.parse((ROOT / "neurons_fas.py").read_text())
     importing = [
         node.name
         for node in ast.walk(tree)

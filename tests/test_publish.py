@@ -16,15 +16,16 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import save_file
 
 from checkpoints import tiny_checkpoint
+from configuration_fas import __version__
 from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, local_client, running_hub
 from modeling_fas import FASBertForSequenceClassification
-from training import publish as publishing
-from training import verification
-from training.cards import CardOptions, build_card, read_sources
-from training.clean_load import probe_logits, token_ids
-from training.publish import PublishError, portable_tokenizer_settings, publish, stage, upload
+from training.publish import upload as publishing
+from training.publish import verification
+from training.publish.card import CardOptions, build_card, read_sources
+from training.publish.clean_load import probe_logits, token_ids
+from training.publish.upload import PublishError, portable_tokenizer_settings, publish, stage, upload
+from training.publish.verification import VerificationError, check_code, check_files, is_plain_name
 from training.results import fingerprint, write_results
-from training.verification import VerificationError, check_code, check_files, is_plain_name
 
 
 REPO = "tester/tiny"
@@ -82,6 +83,7 @@ def test_stages_what_a_checkpoint_needs_and_nothing_else(folder):
         "evaluation.json",
         "model.safetensors",
         "modeling_fas.py",
+        "neurons_fas.py",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -99,7 +101,7 @@ def test_tokenizer_settings_speak_the_language_of_transformers_4():
 
 
 def test_config_names_the_version_of_the_code(folder):
-    assert json.loads((folder / "config.json").read_text())["fas_version"] == "0.1.0"
+    assert json.loads((folder / "config.json").read_text())["fas_version"] == __version__
 
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path):
@@ -200,12 +202,13 @@ def test_file_checks_pass_an_intact_folder(staged):
 
 def test_weights_other_than_the_model_in_memory_are_refused(folder, monkeypatch):
     """The comparison itself; that the other process gives these logits is tested end to end."""
+
     model = FASBertForSequenceClassification.from_pretrained(folder)
     found = probe_logits(model), token_ids(folder)
     assert list(found[0]) == ["T=0 stepwise", "T=2 stepwise", "T=2 layerwise", "T=4 stepwise", "T=4 layerwise"]
     monkeypatch.setattr(verification, "_load_elsewhere", lambda *args: found)
     verification.check_clean_load(folder, model, folder)
-    model.neurons()[0][1].fine_threshold.data[3] *= 1.1
+    model.neurons()[0][1].fine_threshold.data *= 1.1
     with pytest.raises(VerificationError, match="at T=2 stepwise differ"):
         verification.check_clean_load(folder, model, folder)
 

@@ -17,9 +17,10 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 from checkpoints import tiny_checkpoint
+from configuration_fas import __version__
 from hub_server import WRITE_TOKEN, Fault, local_client, running_hub
-from training.clean_load import probe_logits
 from training.publish import publish
+from training.publish.clean_load import probe_logits
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -39,7 +40,7 @@ if snapshot == "True":
     folder = huggingface_hub.snapshot_download(folder, revision=revision)
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=True)
 assert tokenizer("the cat sat")["input_ids"], "no tokens"
-assert not {"configuration_fas", "modeling_fas", "training"} & sys.modules.keys()
+assert not {"configuration_fas", "modeling_fas", "neurons_fas", "training"} & sys.modules.keys()
 ids = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 mask = torch.ones_like(ids); mask[1, 7:] = 0
 with torch.no_grad():
@@ -113,7 +114,7 @@ def test_round_trip_gives_the_logits_of_the_model_in_memory(kind, hub, tmp_path)
     commit = re.search(r"/commit/(\w+)", done.stdout)[1]
     found, said = read(environment(hub, tmp_path / "other", None), tmp_path, repo_id, AUTO[kind], commit)
     assert_same(probe_logits(model), found)
-    assert said.startswith("transformers_modules.") and said.endswith(" 0.1.0\n")
+    assert said.startswith("transformers_modules.") and said.endswith(f" {__version__}\n")
     assert unanswered(hub) == []
     assert list((tmp_path / "tmp").glob(".fas-*")) == []
     published = b"".join(hub.files(repo_id).values())
@@ -153,7 +154,7 @@ sys.path.insert(0, {str(REPOSITORY / "tests")!r})
 from pathlib import Path
 from transformers import Trainer, TrainingArguments
 from checkpoints import tiny_checkpoint, tiny_tokenizer, tiny_results
-from training.clean_load import probe_logits
+from training.publish.clean_load import probe_logits
 from training.publish import publish
 from training.publish import PublishMixin
 from safetensors.torch import save_file
@@ -179,7 +180,7 @@ save_file({{k: v.detach() for k, v in probe_logits(model).items()}}, "expected.s
     done = subprocess.run([sys.executable, str(script)], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = hub.files("tester/pushed").keys()
-    assert {"model.safetensors", "config.json", "configuration_fas.py", "modeling_fas.py"} <= names
+    assert {"model.safetensors", "config.json", "configuration_fas.py", "modeling_fas.py", "neurons_fas.py"} <= names
     assert ("training_args.bin" in names) == (push == "trainer")
     assert ("evaluation.json" in names) == (push != "model")
     if push == "model":

@@ -10,7 +10,8 @@ import transformers
 from safetensors.torch import load_file
 
 from checkpoints import MODELS, tiny_checkpoint
-from training.clean_load import auto_class_name, probe_logits
+from configuration_fas import __version__
+from training.publish.clean_load import auto_class_name, probe_logits
 
 
 FROZEN = Path(__file__).parent / "frozen"
@@ -62,19 +63,19 @@ for folder, model in models.items():
 @pytest.mark.slow
 def test_two_versions_in_one_process_keep_their_own_behaviour(tmp_path, run_outside):
     """The older one takes every threshold for 0.9 at least; it is loaded before and after the other."""
-    from training import clean_load
+    from training.publish import clean_load
 
     model = tiny_checkpoint(tmp_path / "new", "classifier", results=False)
     old = shutil.copytree(tmp_path / "new", tmp_path / "old")
-    change(old / "modeling_fas.py", "MIN_THRESHOLD = 1e-4", "MIN_THRESHOLD = 0.9")
-    change(old / "configuration_fas.py", '__version__ = "0.1.0"', '__version__ = "0.0.1"')
+    change(old / "neurons_fas.py", "MIN_THRESHOLD = 1e-4", "MIN_THRESHOLD = 0.9")
+    change(old / "configuration_fas.py", f'__version__ = "{__version__}"', '__version__ = "0.0.1"')
     shutil.copytree(tmp_path / "new", tmp_path / "new2")
     shutil.copytree(old, tmp_path / "old2")
     frozen = [str(assemble(release, name, tmp_path / name)) for release, name in CASES]
     order = [str(tmp_path / name) for name in ("old", "new", "old2", "new2")] + frozen
     said = run_outside(["-c", LOAD_ALL, clean_load.__file__, *order])
 
-    assert [line.split()[1:] for line in said.splitlines()[:4]] == [["0.0.1"] * 2, ["0.1.0"] * 2] * 2
+    assert [line.split()[1:] for line in said.splitlines()[:4]] == [["0.0.1"] * 2, [__version__] * 2] * 2
     logits = {name: load_file(tmp_path / name / "found.safetensors") for name in ("old", "new", "old2", "new2")}
     for run, reference in probe_logits(model).items():
         assert torch.equal(logits["new"][run], reference) and torch.equal(logits["new2"][run], reference)

@@ -7,8 +7,8 @@ import pytest
 from matplotlib.image import imread
 
 import tiny
-from training.measurement import evaluate
-from training.report import NOT_COUNTED, headline, main, tables, write_report
+from training.evaluate.measurement import evaluate
+from training.evaluate.report import NOT_COUNTED, headline, main, tables, write_report
 from training.results import write_results
 
 

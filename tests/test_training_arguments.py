@@ -110,8 +110,12 @@ BAD = {
     "calibrate without T": (run_clm, CLM + " --stage calibrate", "`--calib_T` is required"),
     "calibrate stock": (run_clm, CLM + " --stage calibrate --calib_T 2", "must be fine-tuned with QCFS"),
     "endless stream": (run_clm, CLM + " --streaming", "`--max_steps` is required with --streaming"),
-    "other architecture": (run_clm, CLM.replace("gpt2", "bert"), "must be a gpt2 checkpoint"),
-    "no checkpoint": (run_clm, CLM.replace("gpt2", "absent"), "must be a gpt2 checkpoint"),
+    "other architecture": (
+        run_clm,
+        CLM.replace("gpt2", "bert"),
+        "must be a gpt2, opt, llama, qwen2 or qwen3 checkpoint",
+    ),
+    "no checkpoint": (run_clm, CLM.replace("gpt2", "absent"), "must be a gpt2, opt, llama, qwen2 or qwen3 checkpoint"),
     "unknown stage": (run_glue, GLUE + " --stage full", "`--stage` must be one of baseline, downstream, calibrate"),
     "folder in use": (run_glue, GLUE.replace("/out", "/full"), "`--output_dir` must be empty"),
     "not a folder": (run_glue, GLUE.replace("/out", "/a_file/out"), "must be a folder that can be written to"),
@@ -121,7 +125,7 @@ BAD = {
     "evaluate untrained": (
         run_glue,
         GLUE.replace("--do_train", "--do_eval --validation_file {}/reviews.json").replace("bert", "gpt2"),
-        "must be a bert checkpoint",
+        "must be fine-tuned on the task for evaluation",
     ),
 }
 

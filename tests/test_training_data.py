@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, EvalPrediction
 from training import metrics
 from training.arguments import DataArguments
 from training.data import MaskingCollator, blocks, load_raw, text_splits
-from training.metrics import METRICS, GlueMetric, glue_metric
+from training.evaluate.rows import Perplexity, TaskMetric, for_trainer
+from training.metrics import METRICS, GlueMetric
 from training.tasks import GLUE_COLUMNS, encode, find_task, select_splits
 from training.tokenization import sentencepiece_tokenizer
 from training_helpers import save_bert, save_gpt2, sentences, write_corpus
@@ -128,10 +129,35 @@ def test_metrics_are_those_of_glue():
 
 def test_predictions_of_the_trainer_become_classes_or_values():
     logits = np.array([[0.1, 0.9], [2.0, 1.0]])
-    assert glue_metric("sst2")(EvalPrediction(logits, np.array([1, 1]))) == {"accuracy": 0.5}
+    loss = np.log1p(np.exp([-0.8, 1.0])).mean()
+    expected = {"accuracy": 0.5, "loss": pytest.approx(loss), "examples": 2}
+    assert by_trainer(TaskMetric("sst2"), logits, np.array([1, 1])) == expected
     values = np.array([[1.0], [2.0], [4.0]])
-    found = glue_metric("stsb")(EvalPrediction(values, np.array([1.0, 2.0, 4.0])))
-    assert found == pytest.approx({"pearson": 1.0, "spearmanr": 1.0})
+    found = by_trainer(TaskMetric("stsb"), values, np.array([1.0, 2.0, 4.5]))
+    assert found["loss"] == pytest.approx(0.25 / 3) and found["spearmanr"] == pytest.approx(1.0)
+    assert found["pearson"] == pytest.approx(np.corrcoef(values[:, 0], [1.0, 2.0, 4.5])[0, 1])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_perplexity_of_the_trainer_counts_every_labelled_token_once(causal):
+    generator = np.random.default_rng(0)
+    logits, labels = generator.normal(size=(3, 5, 7)), generator.integers(0, 7, (3, 5))
+    labels[0, 2:], labels[2] = -100, -100
+    scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    places = [(i, s) for i in range(3) for s in range(causal, 5) if labels[i, s] != -100]
+    losses = [-scores[i, s - causal, labels[i, s]] for i, s in places]
+    found = by_trainer(Perplexity(causal), logits, labels)
+    expected = {"perplexity": np.exp(np.mean(losses)), "loss": np.mean(losses), "tokens": len(places)}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def by_trainer(quality, logits, labels):
+    """What a Trainer does, in batches of two rows."""
+    settings, numbers = for_trainer(quality), []
+    for start in range(0, len(labels), 2):
+        batch = [torch.tensor(each[start : start + 2]) for each in (logits, labels)]
+        numbers.append(settings["preprocess_logits_for_metrics"](*batch).numpy())
+    return settings["compute_metrics"](EvalPrediction(np.concatenate(numbers), labels))
 
 
 @pytest.mark.parametrize("name", GLUE_COLUMNS)
@@ -195,25 +221,27 @@ def pieces(folder):
     return train
 
 
-@pytest.mark.parametrize("kind, backbone", [("unigram", "gpt2"), ("bpe", "gpt2"), ("unigram", "bert")])
-def test_sentencepiece_tokens_are_exact_and_survive_saving(kind, backbone, pieces, tmp_path):
+@pytest.mark.parametrize("kind, causal", [("unigram", True), ("bpe", True), ("unigram", False)])
+def test_sentencepiece_tokens_are_exact_and_survive_saving(kind, causal, pieces, tmp_path):
     model = pieces(kind)
     original = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    tokenizer = sentencepiece_tokenizer(model, backbone)
+    tokenizer = sentencepiece_tokenizer(model, causal)
     tokenizer.save_pretrained(tmp_path)
     for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         for text in sentences(20, seed=5):
             ids = each(text).input_ids
-            inner = ids[1:-1] if backbone == "bert" else ids
+            inner = ids[1:-1] if not causal else ids
             assert inner == original.encode(text)
-        if backbone == "bert":
+        if not causal:
             assert [each.cls_token_id, each.sep_token_id] == [ids[0], ids[-1]]
             assert each.mask_token_id is not None
 
 
 def test_a_sentencepiece_model_that_cannot_be_reproduced_is_refused(pieces):
-    with pytest.raises(ValueError, match="must be a SentencePiece model of type unigram for a bert backbone"):
-        sentencepiece_tokenizer(pieces("bpe"), "bert")
+    with pytest.raises(
+        ValueError, match="must be a SentencePiece model of type unigram for a model that is not causal"
+    ):
+        sentencepiece_tokenizer(pieces("bpe"), causal=False)
 
 
 def test_the_metrics_load_as_a_local_module_of_evaluate(tmp_path, monkeypatch):

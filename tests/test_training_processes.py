@@ -23,6 +23,7 @@ def inputs(tmp_path_factory):
     write_reviews(folder / "train.json", 256)
     write_reviews(folder / "test.json", 32, seed=1)
     write_corpus(folder / "corpus.json", 1000)
+    write_corpus(folder / "held_out.json", 200, seed=1)
     save_bert(folder / "bert", dropout=0.0)
     save_gpt2(folder / "gpt2", dropout=0.0)
     return folder
@@ -32,9 +33,21 @@ def inputs(tmp_path_factory):
 def test_two_processes_equal_one_with_the_same_global_batch(backbone, inputs, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     script = {"bert": run_glue, "gpt2": run_clm}[backbone]
-    script.main(processes.command(backbone, "downstream", inputs, one, 8, 20)[1:])
-    processes.run(processes.TORCHRUN, processes.command(backbone, "downstream", inputs, two, 4, 20))
-    assert read_results(two / "evaluation.json")["configuration"]["training"]["ddp_find_unused_parameters"] is False
+    held_out = inputs / ("held_out.json" if backbone == "gpt2" else "test.json")
+    evaluation = f"--do_eval --T 2 --validation_file {held_out} --per_device_eval_batch_size 5".split()
+    evaluation += ["--max_eval_samples", "31"]  # the last batches of two processes repeat rows: they must not count
+    script.main([*processes.command(backbone, "downstream", inputs, one, 8, 20)[1:], *evaluation])
+    processes.run(processes.TORCHRUN, [*processes.command(backbone, "downstream", inputs, two, 4, 20), *evaluation])
+    results = read_results(two / "evaluation.json")
+    assert results["configuration"]["training"]["ddp_find_unused_parameters"] is False
+    rows = read_results(one / "evaluation.json")["metrics"]["rows"]
+    for row, other in zip(rows, results["metrics"]["rows"], strict=True):
+        assert other["quality"].get("tokens", 31) == row["quality"].get("tokens", 31)
+        assert other["quality"].get("examples", 31) == 31
+        assert other["quality"] == pytest.approx(row["quality"], rel=1e-3)
+        assert row["T"] == 0 or other["spike_rate"] == pytest.approx(
+            row["spike_rate"], rel=0.05
+        )  # repeated rows count
     found = processes.difference(one, two)
     assert found["thresholds"] < 1e-5
     assert found["weights"] < 1e-4
@@ -74,7 +87,7 @@ def test_every_task_runs_through_downstream_and_calibrate(name, inputs, tmp_path
         rows = run_glue.main(line.split())
         assert [row["split"] for row in rows] == splits * 3
         for row in rows:
-            measured = row.keys() - {"mode", "T", "schedule", "split", "loss", "spike_rate", "seconds"}
+            measured = row["quality"].keys() - {"loss", "examples"}
             assert measured == METRICS.get(name, {"accuracy"})
 
 
@@ -84,7 +97,7 @@ def test_the_demo_runs_on_any_model_and_data_and_loads_what_it_saved(inputs, tmp
     demo.main([*flags.split(), "--output_dir", str(tmp_path / "demo"), "--max_steps", "4", "--use_cpu"])
     printed = capsys.readouterr().out
     assert "largest difference of logits: 0.0" in printed
-    rows = read_results(tmp_path / "demo" / "results.json")["metrics"]
+    rows = read_results(tmp_path / "demo" / "conversion.json")["metrics"]["rows"]
     ran = {(row["step"], row["mode"], row["T"]) for row in rows}
-    assert ran >= {("gelu", "gelu", 0), ("qcfs", "qcfs", 0), ("qcfs", "spiking", 8), ("calibrated", "spiking", 2)}
+    assert ran >= {("gelu", "stock", 0), ("qcfs", "qcfs", 0), ("qcfs", "spiking", 8), ("calibrated", "spiking", 2)}
     assert all(f"| {row['mode']} |" in printed for row in rows)

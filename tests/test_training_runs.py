@@ -10,9 +10,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
 from training import convert, run_clm, run_glue, run_mlm
+from training.calibrate.coarse import VARIANCE_WEIGHTS
+from training.calibrate.command import main as calibrate
 from training.checkpoints import checkpoints, is_complete
-from training.coarse import VARIANCE_WEIGHTS
-from training.results import read_results
+from training.results import flat, read_results
 from training.trainers import FASTrainer
 from training_helpers import (
     largest_difference,
@@ -51,20 +52,20 @@ CLM_DATA = "--train_file @/corpus.json --validation_file @/held_out.json --block
 def test_a_classifier_through_all_stages(inputs, tmp_path):
     start = "--model_name_or_path @/bert --do_train --do_eval --max_steps 4 " + GLUE_DATA
     stock = run_glue.main(flags("--stage baseline " + start, inputs, tmp_path / "gelu"))
-    assert [(row["mode"], row["split"]) for row in stock] == [("gelu", "validation")]
+    assert [(row["mode"], row["split"]) for row in stock] == [("stock", "validation")]
 
     corpus = f"--model_name_or_path @/bert --do_train --do_eval --max_steps 2 {CLM_DATA} --max_seq_length 16"
     masked = run_mlm.main(flags(corpus + " --T 2 --streaming", inputs, tmp_path / "mlm"))
     assert [row["mode"] for row in masked] == ["qcfs", "spiking", "spiking"]
-    assert all(row["perplexity"] > 1 for row in masked)
+    assert all(row["quality"]["perplexity"] > 1 for row in masked)
 
     task = start.replace("@/bert", str(tmp_path / "mlm"))
     rows = run_glue.main(flags(task + " --T 0 1 2 --L 4", inputs, tmp_path / "qcfs"))
-    modes = [("qcfs", 0, None)] + [("spiking", T, each) for T in (1, 2) for each in ("stepwise", "layerwise")]
+    modes = [("qcfs", 0, None)] + [("spiking", T, each) for each in ("stepwise", "layerwise") for T in (1, 2)]
     assert [(row["mode"], row["T"], row["schedule"]) for row in rows] == modes
     assert rows[0]["spike_rate"] is None
-    assert all(0 < row["spike_rate"] < 1 and 0 <= row["accuracy"] <= 1 for row in rows[1:])
-    assert rows[0]["accuracy"] > 0.5
+    assert all(0 < row["spike_rate"] < 1 and 0 <= row["quality"]["accuracy"] <= 1 for row in rows[1:])
+    assert rows[0]["quality"]["accuracy"] > 0.5
     trained = FASBertForSequenceClassification.from_pretrained(tmp_path / "qcfs")
     assert (trained.config.L, trained.config.T, trained.config.calib_T) == (4, 0, None)
     pretrained = tensors(tmp_path / "mlm")["bert.encoder.layer.0.intermediate.intermediate_act_fn.threshold"]
@@ -73,17 +74,17 @@ def test_a_classifier_through_all_stages(inputs, tmp_path):
     calibrate = "--stage calibrate --calib_T 2 --T 2 --L 4 --model_name_or_path {} --do_eval " + GLUE_DATA
     text = calibrate.format(tmp_path / "qcfs") + " --do_train --max_steps 4"
     calibrated = run_glue.main(flags(text, inputs, tmp_path / "calibrated"))
-    assert calibrated[0] == pytest.approx(rows[0] | {"seconds": calibrated[0]["seconds"]}), "the ANN stays as it is"
+    assert flat(calibrated[0]) == pytest.approx(flat(rows[0] | {"seconds": calibrated[0]["seconds"]})), "the ANN stays"
     again = run_glue.main(flags(calibrate.format(tmp_path / "calibrated"), inputs, tmp_path / "again"))
     for row, repeated in zip(calibrated, again, strict=True):
-        assert row | {"seconds": 0} == pytest.approx(repeated | {"seconds": 0}), "evaluation changes nothing"
+        assert flat(row) | {"seconds": 0} == pytest.approx(flat(repeated) | {"seconds": 0}), "it changes nothing"
 
     published = AutoModelForSequenceClassification.from_pretrained(tmp_path / "calibrated")
     assert (published.config.T, published.config.schedule, published.config.calib_T) == (2, "stepwise", 2)
     assert {"0", "1"} == set(published.config.label2id)
     assert AutoTokenizer.from_pretrained(tmp_path / "calibrated")("good film").input_ids
     record = read_results(tmp_path / "calibrated" / "evaluation.json")
-    assert record["metrics"] == calibrated
+    assert record["metrics"]["rows"] == calibrated
     calibration = read_results(tmp_path / "calibrated" / "calibration.json")
     assert {site["variance_weight"] for site in calibration["stages"]["coarse"].values()} <= set(VARIANCE_WEIGHTS)
     assert list(calibration["stages"]) == ["uncalibrated", "coarse", "fine"]
@@ -102,7 +103,7 @@ def test_a_language_model_through_all_stages(inputs, tmp_path):
     assert [row["T"] for row in rows] == [0, 4, 4]
     text = task.replace("full", "task") + " --stage calibrate --calib_T 4 --granularity position"
     calibrated = run_clm.main(flags(text, inputs, tmp_path / "calibrated"))
-    assert calibrated[0]["perplexity"] == pytest.approx(rows[0]["perplexity"])
+    assert calibrated[0]["quality"] == pytest.approx(rows[0]["quality"])
     model = FASGPT2LMHeadModel.from_pretrained(tmp_path / "calibrated")
     assert model.transformer.h[0].mlp.act.fine_threshold.shape == (16, 64)
 
@@ -123,7 +124,7 @@ def test_perplexity_and_spike_rate_are_those_of_a_plain_loop(inputs, tmp_path):
     for row in rows:
         with torch.no_grad():
             loss = model.set_timesteps(row["T"], row["schedule"])(ids, labels=ids).loss
-        assert row["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
+        assert row["quality"]["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
         if row["T"]:
             assert row["spike_rate"] == pytest.approx(
                 torch.stack([e.mean() for e in emitted.values()]).mean().item(), rel=1e-4
@@ -137,6 +138,18 @@ def test_padding_takes_no_part_in_the_spike_rate(inputs, tmp_path):
     padded = run_glue.main(flags(evaluate + " --pad_to_max_length", inputs, tmp_path / "padded", max_seq_length=24))
     for row, other in zip(rows[1:], padded[1:], strict=True):
         assert row["spike_rate"] == pytest.approx(other["spike_rate"], rel=1e-3)
+
+    # Over all neurons: the pooler, smaller and run once a sentence, weighs less than a layer.
+    model = FASBertForSequenceClassification.from_pretrained(tmp_path / "out").set_timesteps(3, "stepwise").eval()
+    emitted = []
+    for _, neuron in model.neurons():
+        neuron.register_forward_hook(lambda _module, _inputs, output: emitted.append((output > 0).flatten()))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for line in (inputs / "test.json").read_text().splitlines():
+        with torch.no_grad():
+            model(**tokenizer(json.loads(line)["sentence"], return_tensors="pt"))
+    assert rows[1]["schedule"] == "stepwise"
+    assert rows[1]["spike_rate"] == pytest.approx(torch.cat(emitted).double().mean().item(), rel=1e-5)
 
 
 class Killed(Exception):
@@ -239,7 +252,7 @@ def test_convert_runs_all_steps_skips_finished_ones_and_refuses_changed_ones(inp
     rows = convert.main(argv)
     assert [row["step"] for row in rows] == ["gelu"] + ["qcfs"] * 3
     assert not checkpoints(tmp_path / "out" / "qcfs")
-    start = read_results(tmp_path / "out" / "results.json")["configuration"]["qcfs"]["model_name_or_path"]
+    start = read_results(tmp_path / "out" / "conversion.json")["configuration"]["qcfs"]["model_name_or_path"]
     assert start == str(tmp_path / "out" / "gelu")
 
     calls = []
@@ -270,3 +283,17 @@ def test_every_recipe_is_made_of_known_flags(recipe, tmp_path):
         stages = {"run_clm": run_clm.STAGES, "run_mlm": ("full",), "run_glue": ("baseline", "downstream", "calibrate")}
         model.check(script.removeprefix("run_"), stages[script], training.do_eval)
         training.check(data.streaming)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "script"), [(["FASBertForSequenceClassification"], run_glue), (["FASGPT2LMHeadModel"], run_clm)]
+)
+def test_calibrate_runs_the_script_of_the_checkpoint(tmp_path, monkeypatch, architectures, script):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": architectures}))
+    given = ["--model_name_or_path", str(tmp_path), "--calib_T", "2", "--output_dir", "out"]
+    monkeypatch.setattr(script, "main", lambda argv: argv)
+    assert calibrate([*given, "--do_train"]) == [*given, "--do_train", "--stage", "calibrate"]
+    with pytest.raises(ValueError, match="--model_name_or_path"):
+        calibrate(given[2:])
+    with pytest.raises(ValueError, match="must be a FAS checkpoint, got 'nowhere'"):
+        calibrate(["--model_name_or_path", "nowhere", *given[2:]])

@@ -10,9 +10,10 @@ import torch
 from transformers import TrainingArguments
 
 from configuration_fas import FASBertConfig, FASGPT2Config
-from modeling_fas import MIN_THRESHOLD, FASBertForMaskedLM, FASBertForSequenceClassification, FASGPT2LMHeadModel
+from modeling_fas import FASBertForMaskedLM, FASBertForSequenceClassification, FASGPT2LMHeadModel
+from neurons_fas import MIN_THRESHOLD
 from training.arguments import THRESHOLD_LEARNING_RATES, FASTrainingArguments
-from training.calibration import calibration_loss
+from training.calibrate import calibration_loss
 from training.checkpoints import whole_or_nothing
 from training.trainers import FASCalibrationTrainer, FASTrainer
 

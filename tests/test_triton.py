@@ -5,12 +5,12 @@ import sys
 import pytest
 import torch
 
-import modeling_fas
+import neurons_fas
 import test_goldens
 import test_neuron
 import test_neuron_fast
 import tiny
-from modeling_fas import integrate_and_fire
+from neurons_fas import integrate_and_fire
 from test_neuron_fast import assert_gradients_close, gradients, plain_integrate_and_fire
 
 
@@ -23,17 +23,17 @@ STEPS = (1, 2, 4, 8, 16)
 def triton():
     """Triton, which comes with PyTorch for CUDA; else `pip install triton` (690 MB, so in no extra of ours)."""
     yield pytest.importorskip("triton", reason="needs Triton: `pip install triton`")
-    modeling_fas._kernels.cache_clear()
+    neurons_fas._kernels.cache_clear()
 
 
 @pytest.fixture
 def launched(triton, monkeypatch):
     """Runs every neuron by the kernels, interpreted; the numbers of those that ran."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    modeling_fas._kernels.cache_clear()
-    launch, numbers = modeling_fas._launch, []
-    monkeypatch.setattr(modeling_fas, "_launch", lambda *args: (numbers.append(args[0]), launch(*args)))
-    monkeypatch.setattr(modeling_fas, "_has_kernels", lambda x: True)
+    neurons_fas._kernels.cache_clear()
+    launch, numbers = neurons_fas._launch, []
+    monkeypatch.setattr(neurons_fas, "_launch", lambda *args: (numbers.append(args[0]), launch(*args)))
+    monkeypatch.setattr(neurons_fas, "_has_kernels", lambda x: True)
     return numbers
 
 
@@ -168,9 +168,9 @@ def test_kernels_compile_for_a_gpu(dtype, triton, monkeypatch, tmp_path):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(modeling_fas, "tl", triton.language)
+    monkeypatch.setattr(neurons_fas, "tl", triton.language)
     low = {"x", "grad", "emitted"}
-    for kernel in (modeling_fas._fire_kernel, modeling_fas._differentiate_kernel):
+    for kernel in (neurons_fas._fire_kernel, neurons_fas._differentiate_kernel):
         function = triton.jit(kernel)
         kinds = dict.fromkeys(("size", "columns", "x_step", "T"), "i32") | {"BLOCK": "constexpr"}
         signature = {name: kinds.get(name, f"*{dtype if name in low else 'fp32'}") for name in function.arg_names}
@@ -183,33 +183,33 @@ def test_triton_that_does_not_run_is_not_needed(triton, monkeypatch, caplog):
         raise NotImplementedError
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(modeling_fas, "_fire_kernel", broken)
-    monkeypatch.setattr(modeling_fas.logger, "propagate", True)
-    modeling_fas._kernels.cache_clear()
-    assert modeling_fas._kernels(torch.device("cpu"), torch.float32) == ()
+    monkeypatch.setattr(neurons_fas, "_fire_kernel", broken)
+    monkeypatch.setattr(neurons_fas.logger, "propagate", True)
+    neurons_fas._kernels.cache_clear()
+    assert neurons_fas._kernels(torch.device("cpu"), torch.float32) == ()
     assert "Triton is installed but does not run" in caplog.text
 
 
 def test_kernels_with_other_spikes_are_not_taken(triton, monkeypatch, caplog):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(modeling_fas.logger, "propagate", True)
-    modeling_fas._kernels.cache_clear()
-    assert len(modeling_fas._kernels(torch.device("cpu"), torch.float32)) == 2
-    monkeypatch.setattr(modeling_fas, "_fire", lambda x, theta, start, emitted: emitted.fill_(1.0))
-    modeling_fas._kernels.cache_clear()
-    assert modeling_fas._kernels(torch.device("cpu"), torch.float32) == ()
+    monkeypatch.setattr(neurons_fas.logger, "propagate", True)
+    neurons_fas._kernels.cache_clear()
+    assert len(neurons_fas._kernels(torch.device("cpu"), torch.float32)) == 2
+    monkeypatch.setattr(neurons_fas, "_fire", lambda x, theta, start, emitted, signed: emitted.fill_(1.0))
+    neurons_fas._kernels.cache_clear()
+    assert neurons_fas._kernels(torch.device("cpu"), torch.float32) == ()
     assert "not those of the plain loop" in caplog.text
 
 
 def test_triton_is_not_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)  # `import triton` raises ImportError
-    modeling_fas._kernels.cache_clear()
-    assert modeling_fas._kernels(torch.device("cuda"), torch.float32) == ()
-    modeling_fas._kernels.cache_clear()
+    neurons_fas._kernels.cache_clear()
+    assert neurons_fas._kernels(torch.device("cuda"), torch.float32) == ()
+    neurons_fas._kernels.cache_clear()
 
 
 def test_triton_is_not_looked_for_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(modeling_fas, "_kernels", lambda *args: pytest.fail("looked for Triton"))
+    monkeypatch.setattr(neurons_fas, "_kernels", lambda *args: pytest.fail("looked for Triton"))
     assert_equal_to_the_plain_loop(inputs((4, B, S, D), (D,)), 4)
 
 
@@ -222,5 +222,5 @@ def test_compiled_kernels_equal_the_plain_loop(T, granularity, constant, dtype, 
     for width in (D, 3072):
         parameters = (*SHAPES[granularity][:-1], 1 if granularity == "layer" else width)
         arguments = inputs((1 if constant else T, B, S, width), parameters, dtype, "cuda")
-        assert modeling_fas._has_kernels(arguments[0])
+        assert neurons_fas._has_kernels(arguments[0])
         assert_equal_to_the_plain_loop(arguments, T)

@@ -16,6 +16,12 @@ from transformers import HfArgumentParser, TrainingArguments
 
 
 STAGES = ("baseline", "full", "downstream", "calibrate")
+# Head that a script trains.
+AUTO_CLASSES = {
+    "clm": "AutoModelForCausalLM",
+    "mlm": "AutoModelForMaskedLM",
+    "glue": "AutoModelForSequenceClassification",
+}
 # Learning rate of the thresholds by script and stage: those of the published code.
 THRESHOLD_LEARNING_RATES = {
     ("clm", "full"): 1e-3,

@@ -1,7 +1,7 @@
 """All steps of a conversion with one command: from a stock checkpoint to a folder that can be published.
 
     python -m training.convert RECIPE.yaml [--flag value …] [--step.flag value …]
-    python -m training.convert --model_name_or_path bert-base-cased --task_name sst2 --output_dir outputs/sst2
+    python -m training.convert --model_name_or_path MODEL --task_name sst2 --output_dir outputs/sst2
 
 Steps that are finished are skipped; one that was killed goes on from its last complete checkpoint.
 """
@@ -18,7 +18,7 @@ from configuration_fas import FASConfig
 
 from .arguments import read_yaml, to_flags
 from .checkpoints import checkpoints, remove_checkpoints
-from .results import markdown_table, read_results, write_json, write_results
+from .results import flat, markdown_table, read_results, write_json, write_results
 from .runner import RESULTS_FILE, show_messages
 
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("training.convert")
 
 RECIPES = Path(__file__).parent / "recipes"
 SCRIPTS = ("run_clm", "run_mlm", "run_glue")
-SUMMARY_FILE = "results.json"
+SUMMARY_FILE = "conversion.json"
 STEP_FILE = "step.json"
 # Flags that describe the task: the corpus of a step `full` is its own, set with --full.dataset_name and the like.
 TASK_FLAGS = {"dataset_name", "dataset_config_name", "train_file", "validation_file", "task_name", "text_columns"}
@@ -43,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     rows, ran = [], False
     for name, script, settings in steps:
         ran |= run_step(name, script, settings, recipe.get("launcher"), start_changed=ran)
-        found = read_results(Path(settings["output_dir"]) / RESULTS_FILE)["metrics"]
+        found = read_results(Path(settings["output_dir"]) / RESULTS_FILE)["metrics"]["rows"]
         rows += [{"step": name, **row} for row in found]
     configuration = {name: {"script": script, **settings} for name, script, settings in steps}
     command = ["python", "-m", "training.convert", *given]
-    write_results(output_dir / SUMMARY_FILE, metrics=rows, configuration=configuration, command=command)
-    logger.info("%s\n\nThe model is in %s", markdown_table(rows), steps[-1][2]["output_dir"])
+    write_results(output_dir / SUMMARY_FILE, metrics={"rows": rows}, configuration=configuration, command=command)
+    logger.info("%s\n\nThe model is in %s", markdown_table([flat(row) for row in rows]), steps[-1][2]["output_dir"])
     return rows
 
 
@@ -64,12 +64,12 @@ def read_recipe(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         if model is None:
             raise ValueError("`--model_name_or_path` is required where no recipe is given.")
         try:
-            kind = FASConfig.from_pretrained(model).backbone
+            causal = FASConfig.from_pretrained(model).table.causal
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"`--model_name_or_path` must be a GPT-2 or BERT checkpoint, got {model!r}: {error}"
+                f"`--model_name_or_path` must be a checkpoint that can spike, got {model!r}: {error}"
             ) from error
-        recipe = read_yaml(RECIPES / f"{kind}.yaml")
+        recipe = read_yaml(RECIPES / ("decoder.yaml" if causal else "encoder.yaml"))
     unknown = recipe.keys() - RECIPE_KEYS
     if unknown or not isinstance(recipe.get("steps"), dict):
         raise ValueError(

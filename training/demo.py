@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from modeling_fas import FASBertForSequenceClassification
 
 from . import convert
-from .results import markdown_table, read_results
+from .results import flat, markdown_table, read_results
 from .runner import show_messages
 
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = ["step", "mode", "T", "schedule", "accuracy", "spike_rate"]
     folder = list(read_results(output_dir / convert.SUMMARY_FILE)["configuration"].values())[-1]["output_dir"]
     difference = reload(Path(folder))
-    table = markdown_table(rows, columns if "accuracy" in rows[0] else None)
+    table = markdown_table([flat(row) for row in rows], columns if "accuracy" in rows[0]["quality"] else None)
     sys.stdout.write(f"\n{table}\n\nSaved: {output_dir / convert.SUMMARY_FILE}\n")
     sys.stdout.write(f"Loaded in a new process by the Auto classes, largest difference of logits: {difference}\n")
 

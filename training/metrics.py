@@ -67,18 +67,3 @@ class GlueMetric(evaluate.Metric):
 
     def _compute(self, predictions, references):
         return METRICS[self.config_name](np.asarray(predictions), np.asarray(references))
-
-
-def glue_metric(name: str) -> Callable:
-    """Return a `compute_metrics` for the Trainer: class numbers or values from the logits, then the metric."""
-    metric = GlueMetric(config_name=name, keep_in_memory=True)
-
-    def compute(prediction) -> dict[str, float]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        values = logits.squeeze(-1) if METRICS[name] is _correlations else logits.argmax(-1)
-        result = metric.compute(predictions=values, references=prediction.label_ids)
-        if result is None:
-            raise RuntimeError("The metric was computed on another process than the main one.")
-        return result
-
-    return compute

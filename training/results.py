@@ -1,4 +1,7 @@
-"""Results files: one JSON per measurement, written atomically; the tables of the documentation come from them."""
+"""Results files: one JSON per measurement, written atomically; the tables of the documentation come from them.
+
+`docs/results-schema.md` says what is in them, and which command writes which.
+"""
 
 import hashlib
 import json
@@ -18,6 +21,8 @@ from typing import Any
 PACKAGES = (
     "fas-snn", "torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "scipy", "triton",
 )  # fmt: skip
+# What a row of an evaluation was measured in, and how a reader is told.
+MODES = {"stock": "stock model", "qcfs": "QCFS ANN", "spiking": "spiking"}
 
 
 def write_results(
@@ -68,6 +73,15 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 def read_results(path: str | os.PathLike) -> dict[str, Any]:
     """Read a results file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of an evaluation as cells of a table: its quality spelt out, the ratio of its energy, nothing by site."""
+    cells = {name: value for name, value in row.items() if name not in ("quality", "energy", "sites", "L")}
+    ratio = {"energy_ratio": row["energy"]["ratio"]} if "energy" in row else {}
+    last = ("agreement", "logit_error", "spike_rate", "seconds")
+    first = {name: value for name, value in cells.items() if name not in last}
+    return first | row["quality"] | {name: cells[name] for name in last if name in cells} | ratio
 
 
 def markdown_table(

@@ -1,18 +1,15 @@
 """Causal language modelling: QCFS on a large corpus (full), on the task (downstream), calibration (calibrate).
 
-python -m training.run_clm --stage downstream --model_name_or_path gpt2 --dataset_name wikitext …
+python -m training.run_clm --stage downstream --model_name_or_path MODEL --dataset_name wikitext …
 python -m training.run_clm settings.yaml
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import GPT2LMHeadModel
-
-from modeling_fas import FASGPT2LMHeadModel
-
 from .arguments import STAGES
 from .data import causal_collator, load_raw, text_splits
+from .evaluate.rows import Perplexity, for_trainer
 from .runner import Run, load_model, show_messages, start, text_blocks, text_length, train_and_evaluate
 from .tokenization import load_tokenizer
 
@@ -23,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args, data = run.training, run.data
     size = text_length(run, "block_size")
     raw = text_splits(load_raw(data), data, args.do_train, args.do_eval)
-    tokenizer = load_tokenizer(run.model, "gpt2")
-    model = load_model(run, GPT2LMHeadModel, FASGPT2LMHeadModel, **from_scratch(run, tokenizer))
+    tokenizer = load_tokenizer(run.model, causal=True)
+    model = load_model(run, **from_scratch(run, tokenizer))
     model.loss_type = "ForCausalLM"
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
@@ -32,14 +29,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             f"got {len(tokenizer)}."
         )
     splits = text_blocks(run, raw, tokenizer, size)
-    args.prediction_loss_only = True
     trainer = run.trainer(
         model=model,
         train_dataset=splits.pop("train", None),
         processing_class=tokenizer,
         data_collator=causal_collator,
+        **for_trainer(Perplexity()),
     )
-    return train_and_evaluate(run, trainer, tokenizer, splits, perplexity=True)
+    return train_and_evaluate(run, trainer, tokenizer, splits)
 
 
 def from_scratch(run: Run, tokenizer) -> dict[str, Any]:

@@ -1,18 +1,16 @@
 """A GLUE task, or own classification or regression data: QCFS fine-tuning (downstream), calibration (calibrate).
 
-python -m training.run_glue --stage downstream --model_name_or_path bert-base-cased --task_name sst2 …
+python -m training.run_glue --stage downstream --model_name_or_path MODEL --task_name sst2 …
 python -m training.run_glue settings.yaml
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import BertForSequenceClassification, DataCollatorWithPadding
-
-from modeling_fas import FASBertForSequenceClassification
+from transformers import DataCollatorWithPadding
 
 from .data import load_raw
-from .metrics import glue_metric
+from .evaluate.rows import TaskMetric, for_trainer
 from .runner import Run, load_model, show_messages, start, train_and_evaluate
 from .tasks import Task, check_task_name, encode, find_task, select_splits
 from .tokenization import load_tokenizer
@@ -34,8 +32,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     labels = list(run.config.id2label.values()) if trained else None
     task = find_task(splits, data, labels)
     check_labels(run, task, trained)
-    tokenizer = load_tokenizer(run.model, "bert")
-    model = load_model(run, BertForSequenceClassification, FASBertForSequenceClassification, **label_settings(task))
+    tokenizer = load_tokenizer(run.model, causal=run.causal)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    padding = {"pad_token_id": tokenizer.pad_token_id} if run.causal else {}
+    model = load_model(run, **padding, **label_settings(task))
     with args.main_process_first(desc="tokenizing"):
         encoded = {split: encode(dataset, tokenizer, task, data, length, split) for split, dataset in splits.items()}
     trainer = run.trainer(
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         train_dataset=encoded.pop("train", None),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=glue_metric(task.metric),
+        **for_trainer(TaskMetric(task.metric)),
     )
     return train_and_evaluate(run, trainer, tokenizer, encoded)
 

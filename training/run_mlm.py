@@ -1,17 +1,14 @@
-"""Masked language modelling: QCFS fine-tuning of a BERT on a large corpus, before its task.
+"""Masked language modelling: QCFS fine-tuning of an encoder on a large corpus, before its task.
 
-python -m training.run_mlm --model_name_or_path bert-base-cased --dataset_name wikitext …
+python -m training.run_mlm --model_name_or_path MODEL --dataset_name wikitext …
 python -m training.run_mlm settings.yaml
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import BertForMaskedLM
-
-from modeling_fas import FASBertForMaskedLM
-
 from .data import MaskingCollator, load_raw, text_splits
+from .evaluate.rows import Perplexity, for_trainer
 from .runner import load_model, show_messages, start, text_blocks, text_length, train_and_evaluate
 from .tokenization import load_tokenizer
 
@@ -22,20 +19,20 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args, data = run.training, run.data
     size = text_length(run, "max_seq_length")
     raw = text_splits(load_raw(data), data, args.do_train, args.do_eval)
-    tokenizer = load_tokenizer(run.model, "bert")
+    tokenizer = load_tokenizer(run.model, causal=False)
     if tokenizer.mask_token is None:
         raise ValueError("`--tokenizer_name` must have a mask token for masked language modelling, got none.")
     settings = {} if run.model.model_name_or_path else {"vocab_size": len(tokenizer)}
-    model = load_model(run, BertForMaskedLM, FASBertForMaskedLM, **settings)
+    model = load_model(run, **settings)
     splits = text_blocks(run, raw, tokenizer, size)
-    args.prediction_loss_only = True
     trainer = run.trainer(
         model=model,
         train_dataset=splits.pop("train", None),
         processing_class=tokenizer,
         data_collator=MaskingCollator(tokenizer, data.mlm_probability, seed=args.seed),
+        **for_trainer(Perplexity(causal=False)),
     )
-    return train_and_evaluate(run, trainer, tokenizer, splits, perplexity=True)
+    return train_and_evaluate(run, trainer, tokenizer, splits)
 
 
 if __name__ == "__main__":

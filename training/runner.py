@@ -9,11 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer, set_seed
 
-from configuration_fas import FASConfig
+import modeling_fas
+from configuration_fas import BACKBONES, FASConfig
 
 from .arguments import (
+    AUTO_CLASSES,
     CALIBRATION_SETTINGS,
     INITIAL_THRESHOLDS,
     THRESHOLD_LEARNING_RATES,
@@ -22,12 +25,12 @@ from .arguments import (
     ModelArguments,
     parse_arguments,
 )
-from .calibration import RECORD_FILE, describe_sites, save_record
+from .calibrate.coarse import start_calibration
+from .calibrate.loss import RECORD_FILE, describe_sites, save_record
 from .checkpoints import checkpoint_to_resume, remove_checkpoints
-from .coarse import start_calibration
 from .data import AnyDataset, blocks
-from .evaluation import evaluate_modes
-from .results import markdown_table, read_results, write_results
+from .evaluate.trainer import evaluate_trainer
+from .results import flat, markdown_table, read_results, write_results
 from .trainers import FASCalibrationTrainer, FASTrainer
 
 
@@ -65,6 +68,11 @@ class Run:
     @property
     def stage(self) -> str:
         return self.model.stage
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model reads from left to right."""
+        return BACKBONES[self.config.model_type.removeprefix("fas_")].causal
 
     @property
     def spiking(self) -> bool:
@@ -115,13 +123,19 @@ def start(script: str, stages: Sequence[str], argv: Sequence[str] | None) -> Run
     return Run(script, model, data, training, config, ["-m", f"training.run_{script}", *given])
 
 
+def kinds(script: str) -> list[str]:
+    """The backbones that have the head of a script."""
+    return [name for name, table in BACKBONES.items() if AUTO_CLASSES[script] in table.models]
+
+
 def read_config(model: ModelArguments, script: str) -> Any:
     """Read the configuration of the checkpoint, or of the model to train from scratch, and check that it fits.
 
     Raises:
         ValueError: for a checkpoint of another architecture, or one to calibrate that never was a QCFS network.
     """
-    backbone = "gpt2" if script == "clm" else "bert"
+    *others, last = kinds(script)
+    known = f"{', '.join(others)} or {last}"
     source = model.model_name_or_path or model.config_name or ""
     flag = "model_name_or_path" if model.model_name_or_path else "config_name"
     options: dict[str, Any] = {"revision": model.model_revision}
@@ -130,11 +144,12 @@ def read_config(model: ModelArguments, script: str) -> Any:
         raw_type, _ = FASConfig.get_config_dict(source, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`--{flag}` must be a {backbone} checkpoint (a folder, or a name on the Hub), got {source!r}: {error}"
+            f"`--{flag}` must be a {known} checkpoint (a folder, or a name on the Hub), got {source!r}: {error}"
         ) from error
     kind = raw_type.get("model_type")
-    if kind not in ((backbone,) if model.stage == "baseline" else (backbone, f"fas_{backbone}")):
-        raise ValueError(f"`--{flag}` must be a {backbone} checkpoint for run_{script}, got one of type {kind!r}.")
+    stock = str(kind).removeprefix("fas_") if model.stage != "baseline" else kind
+    if stock not in kinds(script):
+        raise ValueError(f"`--{flag}` must be a {known} checkpoint for run_{script}, got one of type {kind!r}.")
     if model.stage == "calibrate" and not str(kind).startswith("fas_"):
         raise ValueError(
             f"`--model_name_or_path` must be fine-tuned with QCFS before --stage calibrate, got the stock checkpoint "
@@ -152,16 +167,18 @@ def read_config(model: ModelArguments, script: str) -> Any:
     return config
 
 
-def load_model(run: Run, stock_class: Any, spiking_class: Any, **settings: Any) -> Any:
+def load_model(run: Run, **settings: Any) -> Any:
     """Load the model of a run in float32 (parameters are trained in it), or build it from a configuration.
 
     Args:
         run: The run.
-        stock_class: Of the baseline.
-        spiking_class: Of every other stage.
         **settings: Of the configuration.
     """
-    model_class = spiking_class if run.spiking else stock_class
+    auto_class = AUTO_CLASSES[run.script]
+    if run.spiking:
+        model_class = getattr(modeling_fas, run.config.table.models[auto_class])
+    else:
+        model_class = getattr(transformers, BACKBONES[run.config.model_type].models[auto_class].removeprefix("FAS"))
     labels = run.config.num_labels
     for name, value in settings.items():
         setattr(run.config, name, value)
@@ -206,8 +223,6 @@ def train_and_evaluate(
     trainer: Trainer,
     tokenizer: PreTrainedTokenizerBase,
     eval_splits: dict[str, AnyDataset],
-    *,
-    perplexity: bool = False,
 ) -> list[dict[str, Any]]:
     """Train, save the model, evaluate it in every mode, and write the results beside it; returns the rows."""
     args, output_dir = run.training, Path(run.training.output_dir or "")
@@ -231,11 +246,11 @@ def train_and_evaluate(
     if args.do_train:
         trainer.save_model()
         tokenizer.save_pretrained(output_dir) if args.should_save else None
-    rows = evaluate_modes(trainer, eval_splits, run.model.T, perplexity=perplexity) if args.do_eval else []
+    rows = evaluate_trainer(trainer, eval_splits, run.model.T) if args.do_eval else []
     if args.should_save:
         write_results(
             output_dir / RESULTS_FILE,
-            metrics=rows,
+            metrics={"rows": rows},
             configuration={
                 "model": asdict(run.model),
                 "data": asdict(run.data),
@@ -245,7 +260,7 @@ def train_and_evaluate(
             command=["python", *run.command],
             training=summary,
         )
-        logger.info("\n" + markdown_table(rows))
+        logger.info("\n" + markdown_table([flat(row) for row in rows]))
     if args.push_to_hub:
         trainer.push_to_hub()
     _end(trainer)

@@ -12,7 +12,7 @@ SENTENCEPIECE_FILE = "spiece.model"
 _PROBE = "The quick brown fox, 12 times: “naïve”  Übermut & co."
 
 
-def load_tokenizer(model: ModelArguments, backbone: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelArguments, causal: bool) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model: byte-level BPE, WordPiece, or SentencePiece.
 
     A SentencePiece model is given as a `.model` file, or as a folder with a `spiece.model` and no tokenizer
@@ -20,7 +20,7 @@ def load_tokenizer(model: ModelArguments, backbone: str) -> PreTrainedTokenizerB
 
     Args:
         model: Where it is.
-        backbone: `"gpt2"` (no special tokens are added) or `"bert"` (they are).
+        causal: Whether the model reads from left to right: then no special tokens are added.
     """
     name = model.tokenizer_name or model.model_name_or_path or model.config_name
     if name is None:
@@ -31,14 +31,14 @@ def load_tokenizer(model: ModelArguments, backbone: str) -> PreTrainedTokenizerB
     if path.suffix == ".model":
         if not path.is_file():
             raise ValueError(f"`--tokenizer_name` must be a SentencePiece model that exists, got {name!r}.")
-        return sentencepiece_tokenizer(path, backbone)
+        return sentencepiece_tokenizer(path, causal)
     try:
         return AutoTokenizer.from_pretrained(name, revision=model.model_revision, use_fast=model.use_fast_tokenizer)
     except (OSError, ValueError) as error:
         raise ValueError(f"`--tokenizer_name` must hold a tokenizer, got {name!r}: {error}") from error
 
 
-def sentencepiece_tokenizer(path: Path, backbone: str) -> PreTrainedTokenizerBase:
+def sentencepiece_tokenizer(path: Path, causal: bool) -> PreTrainedTokenizerBase:
     """Wrap a SentencePiece model in a class that `AutoTokenizer` loads again, with exactly its token ids."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
@@ -54,23 +54,23 @@ def sentencepiece_tokenizer(path: Path, backbone: str) -> PreTrainedTokenizerBas
         "unk_token": piece(pieces.unk_id()),
         "pad_token": piece(pieces.pad_id()),
     }
-    if backbone == "gpt2":
+    if causal:
         tokenizer = BertGenerationTokenizer(vocab_file=str(path), sep_token=None, **tokens)
     else:
         missing = [token for token in ("[CLS]", "[SEP]", "[MASK]") if pieces.piece_to_id(token) == pieces.unk_id()]
         if missing or tokens["pad_token"] is None:
             raise ValueError(
-                f"`--tokenizer_name` must hold [CLS], [SEP], [MASK] and a padding piece for a BERT backbone, got "
-                f"{str(path)!r} without {', '.join(missing) or 'padding'}. Train it with "
+                "`--tokenizer_name` must hold [CLS], [SEP], [MASK] and padding for a model that is not causal, "
+                f"got {str(path)!r} without {', '.join(missing) or 'padding'}. Train it with "
                 "user_defined_symbols=[CLS],[SEP],[MASK] and pad_id=0."
             )
         tokenizer = BigBirdTokenizer.from_pretrained(str(path.parent), vocab_file=str(path), **tokens)
     protocol: Any = sentencepiece_model_pb2
     kind = protocol.ModelProto.FromString(pieces.serialized_model_proto()).trainer_spec.model_type
     reproduced = tokenizer(_PROBE, add_special_tokens=False).input_ids == pieces.encode(_PROBE)
-    if not reproduced or (backbone == "bert" and kind != protocol.TrainerSpec.UNIGRAM):
+    if not reproduced or (not causal and kind != protocol.TrainerSpec.UNIGRAM):
         raise ValueError(
-            f"`--tokenizer_name` must be a SentencePiece model of type unigram for a {backbone} backbone, got "
-            f"{str(path)!r}, whose tokens transformers cannot reproduce."
+            f"`--tokenizer_name` must be a SentencePiece model{'' if causal else ' of type unigram'} for a model "
+            f"that is {'' if causal else 'not '}causal, got {str(path)!r}, whose tokens transformers cannot reproduce."
         )
     return tokenizer

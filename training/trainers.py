@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from transformers import BertPreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .calibration import calibration_loss, freeze_for_calibration
+from .calibrate.loss import calibration_loss, freeze_for_calibration
 from .checkpoints import unmark, whole_or_nothing
-from .publish import PublishMixin
+from .publish.upload import PublishMixin
 
 
 THRESHOLD_NAMES = ("threshold", "initial_potential")
@@ -125,7 +125,7 @@ class FASCalibrationTrainer(FASTrainer):
     `config.calib_T`, never the calibration loss.
 
     Args:
-        loss_settings: Further keyword arguments of [`training.calibration.calibration_loss`]; the `site_weight` is
+        loss_settings: Further keyword arguments of [`training.calibrate.calibration_loss`]; the `site_weight` is
             `args.site_weight` where they have none.
     """
 

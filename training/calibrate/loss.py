@@ -6,9 +6,10 @@ site emits, and its logits are the target of the spiking logits. Only `fine_thre
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn import functional as F
 
-from modeling_fas import MIN_THRESHOLD
+from neurons_fas import call
 
-from .results import write_json
+from ..layout import auto_class, pooled, predicts_next
+from ..results import write_json
 
 
 RECORD_FILE = "calibration.json"
@@ -78,7 +80,7 @@ def calibration_loss(
         reduction: `"tokens"`: means over what is not padding: the squared error of a site, the KL divergence of the
             ANN's distribution from the spiking one (causal: where a next token follows), the squared error of a
             regression. `"published"`: as the published code has it: padding counts, and the divergence of a causal
-            model is summed over positions and divided by the batch. (Its BERT weight of the output is 0.)
+            model is summed over positions and divided by the batch. (Its weight of the output is 0 for encoders.)
         num_rows: Rows of the accumulated batch, where this is a part of it; B by default.
         num_tokens: Its tokens without padding, in the same way.
 
@@ -98,31 +100,33 @@ def calibration_loss(
     if "use_cache" in inspect.signature(core.forward).parameters:
         given["use_cache"] = False
 
-    with torch.no_grad(), recorded(core, 0) as targets:
+    with torch.no_grad(), core.running(0), recorded(core) as targets:
         teacher_logits = model(**given)["logits"]
-    with recorded(core, core.config.calib_T) as averages:
+    core.set_timesteps(core.config.calib_T)
+    with recorded(core) as averages:
         logits = model(**given)["logits"]
     if torch.is_grad_enabled() and any(
-        neuron.fine_threshold.requires_grad and not averages[name].requires_grad for name, neuron in core.neurons()
+        neuron.fine_threshold.requires_grad and not averages[name].average.requires_grad
+        for name, neuron in core.neurons()
     ):
         raise ValueError(
             "`model` must not use reentrant gradient checkpointing, which loses the gradient of the site errors. "
             'Enable it with gradient_checkpointing_kwargs={"use_reentrant": False}.'
         )
 
-    mask = real_tokens(inputs, logits) if reduction == "tokens" else None
+    tokens = real_tokens(inputs, logits)
+    mask = tokens if reduction == "tokens" else None
     if mask is not None:
         num_rows = len(logits) if num_rows is None else num_rows
         num_tokens = mask.sum() if num_tokens is None else num_tokens
-    sites, variances = {}, {}
-    for name, neuron in core.neurons():
-        average = averages[name].float()
-        errors = (average - targets[name].float()).square()
-        spread = variance_over_time(average, neuron.fine_threshold) if neuron.stepwise else torch.zeros_like(average)
-        sites[name] = _mean_of_site(errors, mask, num_rows, num_tokens)
-        variances[name] = _mean_of_site(spread, mask, num_rows, num_tokens)
-    causal = core.config.backbone == "gpt2"
-    output = output_error(logits, teacher_logits, causal, mask, num_rows, num_tokens)
+    sites, variances, whole = {}, {}, pooled(core)
+    for name, _ in core.neurons():
+        rows = None if name in whole else tokens.shape
+        average, spread = averages[name].average.float(), averages[name].variance().float()
+        errors = (average - targets[name].average.float()).square()
+        sites[name] = _mean_of_site(errors, rows, mask, num_rows, num_tokens)
+        variances[name] = _mean_of_site(spread, rows, mask, num_rows, num_tokens)
+    output = output_error(logits, teacher_logits, predicts_next(core), mask, num_rows, num_tokens)
     loss = site_weight * torch.stack(list(sites.values())).sum()
     if variance_weight:
         loss = loss + site_weight * variance_weight * torch.stack(list(variances.values())).sum()
@@ -203,33 +207,52 @@ def check_calibratable(model: Any) -> None:
         raise ValueError("`model` must have fine thresholds to calibrate. Call model.begin_calibration(T) first.")
     if model.config.folded:
         raise ValueError("`model` must not be folded: calibrate before its thresholds go into its weights.")
+    if auto_class(model) in ("AutoModel", "AutoModelForQuestionAnswering"):
+        raise ValueError(f"`model` must have a head with one output to compare, got {type(model).__name__}.")
 
 
-def variance_over_time(average: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """Variance of what a site emits over its timesteps, from its time average.
+@dataclass
+class Emitted:
+    """What a site emitted in one call, averaged over time.
 
-    It emits 0 or its threshold, so the mean of the squares is the threshold times the average.
-
-    Args:
-        average: `(…, D)`.
-        threshold: `(D,)`, `(1,)`, or `(S, D)` with at least the positions of `average`.
+    Attributes:
+        average: `(B, …)`; its gradient is that of the site.
+        threshold: That the site ran with, as a function, so that a hook saves nothing for the gradient.
+        mean_square: `(B, …)`, detached, where spikes both ways may cancel in the average; else the threshold times the
+            average is the mean of the squares. `None` where nothing varies over time.
     """
-    return average * ((threshold[: average.shape[-2]] if threshold.dim() == 2 else threshold) - average)
+
+    average: torch.Tensor
+    threshold: Callable[[], torch.Tensor] | None = None
+    mean_square: torch.Tensor | None = None
+
+    def variance(self) -> torch.Tensor:
+        """Variance over the timesteps; 0 in layerwise mode. Spikes that cancel count, and have no gradient."""
+        if self.threshold is None:
+            return torch.zeros_like(self.average)
+        if self.mean_square is None:
+            return self.average * (self.threshold() - self.average)
+        square = self.threshold() * self.average.abs()
+        return square + (self.mean_square - square).detach() - self.average.square()
 
 
 @contextmanager
-def recorded(model: Any, T: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Run the model at T timesteps and record the time average of what every site emits, `(B, …)`, by name."""
-    record: dict[str, torch.Tensor] = {}
+def recorded(model: Any) -> Iterator[dict[str, Emitted]]:
+    """Record what every site emits, by name."""
+    record: dict[str, Emitted] = {}
 
     def hook(name):
         def keep(neuron, _inputs, output):
             # Saves no tensor for its gradient: recomputing a checkpointed block without the hook sees the same graph.
-            record[name] = output.unflatten(0, (neuron.T, -1)).mean(0) if neuron.stepwise else output
+            if not neuron.stepwise:
+                record[name] = Emitted(output)
+                return
+            steps, positions = output.unflatten(0, (neuron.T, -1)), call.positions
+            square = steps.detach().square().mean(0) if neuron.signed else None
+            record[name] = Emitted(steps.mean(0), partial(_threshold, neuron, output.shape[-2], positions), square)
 
         return keep
 
-    model.set_timesteps(T)
     handles = [neuron.register_forward_hook(hook(name)) for name, neuron in model.neurons()]
     try:
         yield record
@@ -238,22 +261,31 @@ def recorded(model: Any, T: int) -> Iterator[dict[str, torch.Tensor]]:
             handle.remove()
 
 
+def _threshold(neuron: Any, length: int, positions: Any) -> torch.Tensor:
+    """The threshold of a site in the call that had these positions."""
+    call.positions = positions
+    return neuron.thresholds(length)[0]
+
+
 def real_tokens(inputs: Mapping[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
     """`(B, S)`: True where there is no padding."""
     mask = inputs.get("attention_mask")
     if mask is not None:
-        return mask.bool()
+        return mask.bool().flatten(0, -2)
     ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     return torch.ones(ids.shape[:2], dtype=torch.bool, device=logits.device)
 
 
-def _mean_of_site(values, mask, num_rows, num_tokens) -> torch.Tensor:
-    """Mean over the elements of a site, or over those of real tokens where there is a mask."""
+def _mean_of_site(values, rows, mask, num_rows, num_tokens) -> torch.Tensor:
+    """Mean over the elements of a site, or over those of real tokens where there is a mask; `rows` is `(B, S)`.
+
+    A site without rows of its own is pooled, one value a sequence.
+    """
     if mask is None:
         return values.mean()
-    if values.dim() == 2:
+    if rows is None:
         return values.mean(-1).sum() / num_rows
-    return values.mean(-1).masked_fill(~mask, 0).sum() / num_tokens
+    return values.mean(-1).view(rows).masked_fill(~mask, 0).sum() / num_tokens
 
 
 def output_error(
@@ -290,44 +322,3 @@ def output_error(
     if causal:
         mask, tokens = mask[:, :-1] & mask[:, 1:], tokens - rows
     return divergence.masked_fill(~mask, 0).sum() / tokens
-
-
-@torch.no_grad()
-def fold_thresholds(model: Any) -> None:
-    """Multiply every (fine) threshold into the weight that follows its site, in place: what travels is then 0 or 1.
-
-    `W · (θ s) = (W θ) s`, so the outputs stay what they were, up to rounding, in every mode. The transform of the
-    masked language modelling head keeps its threshold, since a norm follows it.
-
-    Raises:
-        ValueError: at granularity `"position"`, where a weight would have to know the position; for a model that is
-            folded already; or for a bare BERT with a pooler, whose head is elsewhere.
-    """
-    if model.config.folded:
-        raise ValueError("`model` must not be folded already.")
-    if model.config.calib_T is not None and model.config.granularity == "position":
-        raise ValueError(
-            "`granularity` must be 'neuron' or 'layer' to fold, got 'position': a weight serves all positions. "
-            "Calibrate with granularity 'neuron'."
-        )
-    if model.config.backbone == "bert" and not hasattr(model, "cls") and not hasattr(model, "classifier"):
-        raise ValueError(f"`model` must have its head, which the pooler folds into, got {type(model).__name__}.")
-    for name, neuron in model.neurons():
-        weight, inputs_first = _following(model, name)
-        if weight is None:
-            continue
-        threshold = neuron.threshold if neuron.fine_threshold is None else neuron.fine_threshold
-        threshold = threshold.clamp(MIN_THRESHOLD)
-        weight.mul_(threshold[:, None] if inputs_first and len(threshold) > 1 else threshold)
-        neuron.folded = True
-    model.config.folded = True
-
-
-def _following(model: Any, name: str) -> tuple[nn.Parameter | None, bool]:
-    """Weight that follows a site, and whether its inputs come first; none where a norm follows."""
-    if name.endswith("mlp.act"):
-        return model.get_submodule(name.removesuffix("act") + "c_proj").weight, True
-    if name.endswith("intermediate_act_fn"):
-        layer = name.removesuffix(".intermediate.intermediate_act_fn")
-        return model.get_submodule(f"{layer}.output.dense").weight, False
-    return (model.classifier.weight if name.endswith("pooler.activation") else None), False

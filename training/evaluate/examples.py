@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .arguments import DataArguments
-from .data import first, load_raw, require_split, text_column
-from .measurement import PERPLEXITY
-from .tasks import check_task_name, encode, find_task
+from ..arguments import DataArguments
+from ..data import first, load_raw, require_split, text_column
+from ..tasks import check_task_name, encode, find_task
+from .rows import PERPLEXITY
 
 
 @dataclass

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BertModel, GPT2Model
 
-from modeling_fas import MIN_THRESHOLD
+from modeling_fas import trunk
+from neurons_fas import MIN_THRESHOLD
+
+from ..layout import core_of, pooled
 
 
 # Values handled at a time: what a monitor needs beside its counts, four bytes each.
@@ -74,12 +76,10 @@ class _SiteHooks:
     """Context manager that sees what every site emits, with the weight of each position: 0 for padding, else 1."""
 
     def __init__(self, model: nn.Module):
-        neurons = getattr(model, "neurons", None)
-        trunk = next((module for module in model.modules() if isinstance(module, (GPT2Model, BertModel))), None)
-        if neurons is None or trunk is None:
-            raise ValueError(f"`model` must be a FAS model, got {type(model).__name__}, which has no neuron sites.")
-        self._neurons: list[tuple[str, Any]] = neurons()
-        self._trunk = trunk
+        core = core_of(model)
+        self._neurons: list[tuple[str, Any]] = core.neurons()
+        self._pooled = pooled(core)
+        self._trunk = trunk(core)
         self._mask: torch.Tensor | None = None
         self._handles: list[Any] = []
 
@@ -103,15 +103,17 @@ class _SiteHooks:
         return hook
 
     def _see_mask(self, trunk: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        mask = inspect.signature(trunk.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
-        self._mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        given = inspect.signature(trunk.forward).bind_partial(*args, **kwargs).arguments
+        mask, ids = given.get("attention_mask"), given.get("input_ids")
+        length = (given["inputs_embeds"] if ids is None else ids).shape[1]
+        self._mask = mask[:, -length:] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
-    def _weights(self, output: torch.Tensor) -> torch.Tensor:
-        """Weight of each row and position, `output.shape[:-1]`; the pooler has rows only."""
-        if self._mask is None or output.dim() == 2:
+    def _weights(self, name: str, output: torch.Tensor) -> torch.Tensor:
+        """Weight of each row and position, `output.shape[:-1]`; a pooled site has rows only."""
+        if self._mask is None or name in self._pooled:
             return output.new_ones(output.shape[:-1], dtype=torch.float32)
-        mask = self._mask[:, -output.shape[1] :].to(output.device, torch.float32)
-        return mask.repeat(output.shape[0] // mask.shape[0], 1)
+        mask = self._mask.to(output.device, torch.float32)
+        return mask.repeat(output.shape[:-1].numel() // mask.numel(), 1).view(output.shape[:-1])
 
     def _see(self, name: str, neuron: Any, output: torch.Tensor) -> None:
         raise NotImplementedError
@@ -144,9 +146,14 @@ class SpikeMonitor(_SiteHooks):
 
     @property
     def spike_rate(self) -> float:
-        """Spikes per neuron and timestep, over all sites."""
-        spikes = sum(site.spikes.sum().item() for site in self.sites.values())
-        return spikes / max(sum(site.steps * len(site.spikes) for site in self.sites.values()), 1)
+        """Spikes per neuron and timestep, over all neurons of all sites."""
+        spikes, chances = self.counts()
+        return spikes / max(chances, 1)
+
+    def counts(self) -> tuple[float, float]:
+        """Spikes of all neurons, and how many there could have been: one a neuron and timestep."""
+        sites = self.sites.values()
+        return sum(site.spikes.sum().item() for site in sites), sum(site.steps * len(site.spikes) for site in sites)
 
     def spike_rates(self) -> dict[str, float]:
         """Spike rate of each site."""
@@ -163,14 +170,18 @@ class SpikeMonitor(_SiteHooks):
             rows = 2 if self.count_densities else 1
             counts = torch.zeros(rows, width, dtype=torch.float64, device=output.device)
             site = self.sites[name] = SiteStatistics(*counts)
-        weights = self._weights(output)
+        weights = self._weights(name, output)
         steps = 1 if neuron.stepwise else neuron.T or neuron.L
-        scale = steps / _threshold(neuron, output)
+        scale = steps / neuron.thresholds(output.shape[-2])[0].float().clamp(min=MIN_THRESHOLD)
         # Sums of float32 values round to exact counts; half precision and thresholds by position need each value's.
         summable = output.dtype in (torch.float32, torch.float64) and scale.dim() < 2
+        scales = scale.repeat(len(output) // len(scale), 1, 1) if scale.dim() == 3 else scale
         rows = max(1, CHUNK.get(output.device.type, CHUNK["cuda"]) // max(output[0].numel(), 1))
-        for part, weight in zip(output.split(rows), weights.split(rows), strict=True):
-            counts = part if summable else (part.float() * scale).round_()
+        for start in range(0, len(output), rows):
+            part, weight = output[start : start + rows], weights[start : start + rows]
+            counts = part.abs() if neuron.signed else part
+            if not summable:
+                counts = (counts.float() * (scales[start : start + rows] if scales.dim() == 3 else scales)).round_()
             weight = weight.to(counts.dtype)
             seen = torch.tensordot(weight, counts, weight.dim())
             seen = (seen * scale).round_() if summable else seen
@@ -207,18 +218,10 @@ class SiteErrors(_SiteHooks):
         reference = self._reference.pop(name, None)
         if reference is None or reference.shape[1:] != output.shape[1:]:
             raise ValueError(f"`model` must run the same batch at T = 0 first, got T = {neuron.T} at {name!r}.")
-        weights = self._weights(reference)
+        weights = self._weights(name, reference)
         averages = output.unflatten(0, (-1, reference.shape[0]))
         sums = self._sums.setdefault(name, torch.zeros(2, dtype=torch.float64, device=output.device))
         for row, weight in enumerate(weights):
             target = reference[row].float()
             error = averages[:, row].float().mean(0) - target
             sums += torch.stack([(each.square().sum(-1) * weight).sum() for each in (error, target)])
-
-
-def _threshold(neuron: Any, output: torch.Tensor) -> torch.Tensor:
-    """The threshold a site used for an output: `(1,)`, `(D,)` or `(S, D)`, float32."""
-    threshold = neuron.threshold if neuron.T == 0 or neuron.fine_threshold is None else neuron.fine_threshold
-    if threshold.dim() == 2:
-        threshold = threshold[neuron.position : neuron.position + output.shape[-2]]
-    return threshold.float().clamp(min=MIN_THRESHOLD)

@@ -1,6 +1,5 @@
-"""Publish a checkpoint folder on the Hub, verified first, in one commit: `python -m training.publish FOLDER REPO`."""
+"""A checkpoint folder goes to the Hub, verified first, in one commit."""
 
-import argparse
 import importlib
 import importlib.util
 import json
@@ -8,9 +7,8 @@ import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,16 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from training import verification
-from training.cards import CardOptions, Sources, build_card, inherited_options, read_sources
-from training.verification import VerificationError
+from . import verification
+from .card import CardOptions, Sources, build_card, inherited_options, read_sources
+from .verification import VerificationError
 
 
 logger = logging.getLogger(__name__)
 
 # Everything else stays at home: optimiser states, pickled arguments, logs, checkpoints of the run.
 PUBLISHED = re.compile(
-    r"config\.json|generation_config\.json|(configuration|modeling)_fas\.py"
+    r"config\.json|generation_config\.json|(configuration|modeling|neurons)_fas\.py"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|\w+\.model|chat_template\.jinja"
@@ -277,57 +275,3 @@ class PublishMixin:
             commit_message=commit_message or "End of training",
             api=api,
         )
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m training.publish", description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("folder", help="checkpoint folder: model, tokenizer, results")
-    parser.add_argument("repo_id", help="user/name or organisation/name on the Hub")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--revision", help="branch to commit to, made if it does not exist")
-    parser.add_argument(
-        "--dry-run",
-        nargs="?",
-        const="",
-        metavar="DIR",
-        help="write the exact folder to be uploaded to DIR (FOLDER-to-publish if not given), and stop",
-    )
-    parser.add_argument("--license", help="license of the weights; by default that of an existing card or base model")
-    parser.add_argument("--language", nargs="+", help="languages as ISO codes; by default those of an existing card")
-    parser.add_argument("--base-model", help="name of the base model on the Hub, where the record has a local path")
-    parser.add_argument("--message", default="Publish a FAS checkpoint", help="commit message")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "httpx2", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    dry_run = args.folder.rstrip("/") + "-to-publish" if args.dry_run == "" else args.dry_run
-    card = CardOptions(license=args.license, language=args.language, base_model=args.base_model)
-    try:
-        where = publish(
-            args.folder,
-            args.repo_id,
-            private=args.private,
-            revision=args.revision,
-            dry_run=dry_run,
-            card=card,
-            commit_message=args.message,
-        )
-    except (VerificationError, PublishError) as error:
-        logger.error(f"Not published: {error}")
-        return 1
-    except OSError as error:
-        logger.error(f"Not published: {error}. Nothing was uploaded, and no half-written folder is left.")
-        return 1
-    except KeyboardInterrupt as error:
-        logger.error(f"Interrupted. {str(error) or 'Nothing was uploaded.'}")
-        return 130
-    logger.info(f"{'Written to' if dry_run else 'Published:'} {where}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

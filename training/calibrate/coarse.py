@@ -7,16 +7,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from modeling_fas import MIN_THRESHOLD, FASNeuron, spike_rate
+from neurons_fas import MIN_THRESHOLD, FASNeuron, integrate_and_fire, spike_rate
 
-from .calibration import (
-    check_calibratable,
-    describe_sites,
-    output_error,
-    real_tokens,
-    recorded,
-    variance_over_time,
-)
+from ..layout import pooled, predicts_next
+from .loss import check_calibratable, describe_sites, output_error, real_tokens, recorded
 
 
 PUBLISHED_PAIR = (0.6, 0.2)
@@ -87,11 +81,12 @@ def coarse_search(
         raise ValueError("`per_neuron` needs granularity 'neuron' or 'position', got a model calibrated by 'layer'.")
     model.eval()
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    with recorded(model, 0) as targets:
+    with model.running(0), recorded(model) as targets:
         teacher = model(**inputs)["logits"]
     mask = real_tokens(inputs, teacher)
     rows = mask.flatten().nonzero().squeeze(-1)
     rows = rows[torch.linspace(0, len(rows) - 1, min(max_tokens, len(rows)), device=rows.device).long()]
+    whole = pooled(model)
     pairs = torch.tensor(list(product(scales, potentials)), device=teacher.device)
     weights = variance_weights if model.config.schedule == "stepwise" else (0.0,)
     model.set_timesteps(model.config.calib_T)
@@ -102,10 +97,11 @@ def coarse_search(
         for weight in weights:
 
             def choose(name, neuron, hidden_states, weight=weight):
-                return _choose(neuron, hidden_states, targets[name], rows, pairs, per_neuron, weight)
+                judged = None if name in whole else rows
+                return _choose(neuron, hidden_states, targets[name].average, judged, pairs, per_neuron, weight)
 
             found, logits = _search_pass(model, inputs, choose, bar)
-            error = output_error(logits, teacher, model.config.backbone == "gpt2", mask).item()
+            error = output_error(logits, teacher, predicts_next(model), mask).item()
             if best[2] is None or error < best[0]:
                 best = (error, found, [_fine_parameters(neuron) for _, neuron in model.neurons()])
     for (_, neuron), (threshold, potential) in zip(model.neurons(), best[2], strict=True):
@@ -158,12 +154,10 @@ def _choose(neuron, hidden_states, target, rows, pairs, per_neuron, weight) -> d
 
 
 def _of_tokens(neuron, hidden_states, target, rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a site reads, `(T or 1, N, D)`, and should emit, `(N, D)`, at N tokens (for a pooler, in every row)."""
-    constant = neuron.expands_time or not neuron.stepwise
-    steps, target = hidden_states.float().unflatten(0, (1 if constant else neuron.T, -1)), target.float()
-    if target.dim() == 2:
-        return steps, target
-    return steps.flatten(1, 2)[:, rows], target.flatten(0, 1)[rows]
+    """What a site reads, `(T or 1, N, D)`, and should emit, `(N, D)`, at N tokens; in all rows where it is pooled."""
+    steps = hidden_states.float().unflatten(0, (neuron.T if neuron.stepwise else 1, -1))
+    steps, target = steps.flatten(1, -2), target.float().flatten(0, -2)
+    return (steps, target) if rows is None else (steps[:, rows], target[rows])
 
 
 def _errors(neuron, steps, target, scale, potential) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,22 +165,12 @@ def _errors(neuron, steps, target, scale, potential) -> tuple[torch.Tensor, torc
     threshold = (scale * neuron.threshold).clamp(min=MIN_THRESHOLD)
     start = potential.expand_as(threshold)
     if not neuron.stepwise:
-        error = (spike_rate(steps[0], threshold, start, neuron.T) - target).square().mean(0)
+        error = (spike_rate(steps[0], threshold, start, neuron.T, neuron.signed) - target).square().mean(0)
         return error, torch.zeros_like(error)
-    average = _time_average(steps, threshold, start, neuron.T)
-    return (average - target).square().mean(0), variance_over_time(average, threshold).mean(0)
-
-
-def _time_average(steps, threshold, start, T) -> torch.Tensor:
-    """The mean over time of `integrate_and_fire`, without its spike trains: `(N, D)`."""
-    v = (start * threshold).expand_as(steps[0]).clone()
-    spikes, count = torch.empty_like(v), torch.zeros_like(v)
-    for t in range(T):
-        v += steps[min(t, len(steps) - 1)]
-        torch.ge(v, threshold, out=spikes)
-        count += spikes
-        v.addcmul_(spikes, threshold, value=-1)
-    return count * (threshold / T)
+    variance, average = torch.var_mean(
+        integrate_and_fire(steps, threshold, start, neuron.T, neuron.signed), dim=0, correction=0
+    )
+    return (average - target).square().mean(0), variance.mean(0)
 
 
 def start_calibration(model: Any, inputs: Mapping[str, torch.Tensor], coarse: str = "search") -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The report on a results file of `training.evaluate`: Markdown, plots, and one HTML file with all of it.
 
-python -m training.report report/results.json
+python -m training.evaluate.report report/results.json
 """
 
 import argparse
@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..results import MODES, markdown_table, read_results
 from .energy import NOT_COUNTED
-from .results import markdown_table, read_results
 
 
 PARTS = {
@@ -26,7 +26,6 @@ PARTS = {
 }
 COLOURS = {"attention": "#4c78a8", "mlp in": "#72b7b2", "mlp out": "#f58518", "head": "#b0b0b0", "membrane": "#b279a2"}
 SCHEDULE_COLOURS = {"stepwise": "#d62728", "layerwise": "#1f77b4"}
-NAMES = {"stock": "stock model", "qcfs": "QCFS ANN", "fas": "spiking"}
 # The quality to plot: the first of these that was measured.
 HEADLINES = ("perplexity", "matthews_correlation", "spearmanr", "f1", "accuracy")
 
@@ -134,8 +133,8 @@ def quality_plot(results: Mapping[str, Any]) -> Figure:
     metrics = results["metrics"]
     for row in metrics["rows"]:
         if not row["T"]:
-            style = "--" if row["model"] == "stock" else "-"
-            axes.axhline(row["quality"][metric], color="0.3", linestyle=style, linewidth=1, label=NAMES[row["model"]])
+            style = "--" if row["mode"] == "stock" else "-"
+            axes.axhline(row["quality"][metric], color="0.3", linestyle=style, linewidth=1, label=MODES[row["mode"]])
     for schedule, colour in SCHEDULE_COLOURS.items():
         points = sorted((row["T"], row["quality"][metric]) for row in metrics["rows"] if row["schedule"] == schedule)
         if points:
@@ -221,11 +220,11 @@ def _energy_cells(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return f"{row['schedule']} T = {row['T']}" if row["T"] else NAMES[row["model"]]
+    return f"{row['schedule']} T = {row['T']}" if row["T"] else MODES[row["mode"]]
 
 
 def _short(site: str) -> str:
-    """`transformer.h.3.mlp.act` to `3`, `bert.pooler.activation` to `pooler`."""
+    """The number of the block in the name of a site; without one, the module that holds it."""
     number = next((part for part in site.split(".") if part.isdigit()), None)
     return number or ("pooler" if "pooler" in site else "head")
 
@@ -279,7 +278,9 @@ def _html(results: Mapping[str, Any], plots: Mapping[str, Path]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Write the report on the results file given."""
-    parser = argparse.ArgumentParser(prog="python -m training.report", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate.report", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("results", help="results.json of training.evaluate")
     return write_report(parser.parse_args(argv).results)
 

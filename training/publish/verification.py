@@ -14,18 +14,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from training import clean_load
-from training.results import fingerprint
+from ..results import fingerprint
+from . import clean_load
 
 
 CODE_FILES = ("configuration_fas.py", "modeling_fas.py")
+LATER_CODE_FILES = ("neurons_fas.py",)  # since 0.2.0
 # Where a report of `training.evaluate` belongs, inside the checkpoint folder.
 REPORT = "report/results.json"
-SIBLINGS = {name.removesuffix(".py") for name in CODE_FILES}
+SIBLINGS = {name.removesuffix(".py") for name in (*CODE_FILES, *LATER_CODE_FILES)}
 # Triton compiles the neuron for a GPU: it comes with PyTorch for CUDA, is tried for, and never required.
 ALLOWED_IMPORTS = {
     "__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "difflib", "enum", "functools",
-    "inspect", "itertools", "math", "numbers", "operator", "torch", "transformers", "triton", "typing", "warnings",
+    "inspect", "itertools", "math", "numbers", "operator", "threading", "torch", "transformers", "triton", "typing",
+    "warnings",
 }  # fmt: skip
 FORBIDDEN_NAMES = {
     "__builtins__", "__import__", "breakpoint", "compile", "delattr", "eval", "exec", "globals", "input", "locals",
@@ -68,8 +70,9 @@ def verify(folder: str | os.PathLike, model=None, tokenizer_folder: str | Path |
     """
     folder = Path(folder)
     check_files(folder)
-    for name in CODE_FILES:
-        check_code(folder / name)
+    for name in (*CODE_FILES, *LATER_CODE_FILES):
+        if name in CODE_FILES or (folder / name).exists():
+            check_code(folder / name)
     check_clean_load(folder, model, folder if tokenizer_folder is None else tokenizer_folder)
 
 
@@ -152,7 +155,7 @@ def check_files(folder: Path) -> None:
     for auto_class, reference in (config.get("auto_map") or {}).items():
         if str(reference).partition(".")[0] not in SIBLINGS:
             raise VerificationError(
-                f"`auto_map` in config.json must point into the folder's own two code files, got {reference!r} for "
+                f"`auto_map` in config.json must point into the folder's own code files, got {reference!r} for "
                 f"{auto_class}: who loads this checkpoint would run code from elsewhere."
             )
     weights = set(folder.glob("*.safetensors"))

@@ -18,12 +18,12 @@ from transformers.utils import logging
 from configuration_fas import SCHEDULES, FASConfig
 from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
 
-from .arguments import check_writable
+from ..arguments import check_writable
+from ..results import fingerprint, plain, read_results, write_results
 from .energy import AC_PJ, MAC_PJ
 from .examples import load_examples
 from .measurement import check_timesteps, evaluate
 from .report import write_report
-from .results import fingerprint, plain, read_results, write_results
 
 
 logger = logging.get_logger(__name__)
@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             timesteps=args.T,
             schedules=args.schedule,
             stock=stock,
+            split=args.eval_split,
             batch_size=args.batch_size,
             pad_token_id=tokenizer.pad_token_id or 0,
             mac_pj=args.mac_pj,
@@ -170,6 +171,7 @@ def earlier_results(path: Path, configuration: dict[str, Any], overwrite: bool) 
     try:
         earlier = read_results(path)
         same = earlier["configuration"] == plain(configuration)
+        same &= all("mode" in row for row in earlier["metrics"]["rows"])  # of 0.1, other names
     except (ValueError, KeyError, TypeError):
         earlier, same = {}, False
     if same:
@@ -180,10 +182,3 @@ def earlier_results(path: Path, configuration: dict[str, Any], overwrite: bool) 
         f"`--output_dir` must be empty or hold an interrupted run of the same settings, got {str(path)!r} with "
         "others. Choose another folder, or add --overwrite_output_dir to replace the results in it."
     )
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)

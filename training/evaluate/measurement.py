@@ -5,39 +5,24 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from configuration_fas import SCHEDULES
 
+from ..metrics import METRICS
 from .energy import AC_PJ, MAC_PJ, energy_report
-from .metrics import METRICS
 from .monitors import SiteErrors, SpikeMonitor
+from .rows import PERPLEXITY, Mode, modes, quality_of
 
 
-PERPLEXITY = "perplexity"
 LATENCY_ROUNDS = 3
 
 Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Mode:
-    """One way to run: the stock model, the QCFS ANN, or the spiking network with T timesteps of a schedule."""
-
-    model: str
-    T: int = 0
-    schedule: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.schedule} T = {self.T}" if self.T else {"stock": "stock model", "qcfs": "QCFS ANN"}[self.model]
 
 
 def evaluate(
@@ -48,6 +33,7 @@ def evaluate(
     timesteps: Sequence[int],
     schedules: Sequence[str] = SCHEDULES,
     stock: Any = None,
+    split: str = "validation",
     batch_size: int = 8,
     pad_token_id: int = 0,
     mac_pj: float = MAC_PJ,
@@ -65,6 +51,7 @@ def evaluate(
         timesteps: All at least 1.
         schedules: Of them.
         stock: The model before conversion.
+        split: Name of the examples, for the rows.
         batch_size: Examples in a batch; those of similar length are together.
         pad_token_id: Fills batches up, masked.
         mac_pj: Picojoules per MAC.
@@ -84,19 +71,18 @@ def evaluate(
     batches = make_batches(examples, batch_size, pad_token_id, model.device)
     tokens = sum(len(example["input_ids"]) for example in examples)
     energy = {"length": tokens / len(examples), "mac_pj": mac_pj, "ac_pj": ac_pj}
-    modes = [Mode("stock")] if stock is not None else []
-    modes += [Mode("qcfs"), *(Mode("fas", T, schedule) for schedule in schedules for T in timesteps)]
+    asked = modes(timesteps, schedules, stock=stock is not None)
 
     def save() -> None:
         if on_result is not None:
             on_result(results)
 
-    with _restored(model):
-        for mode in modes:
+    with _evaluating(model, stock):
+        for mode in asked:
             if _find(results["rows"], mode) is None:
-                row = _measure(model, batches, mode, metric, stock, progress)
-                qcfs = row if mode.model == "qcfs" else _find(results["rows"], Mode("qcfs"))
-                if mode.model != "stock":
+                row = _measure(model, batches, mode, metric, split, stock, progress)
+                qcfs = row if mode.name == "qcfs" else _find(results["rows"], Mode("qcfs"))
+                if mode.name != "stock":
                     row["energy"] = _energy(model, row, qcfs, **energy)
                 results["rows"].append(row)
                 save()
@@ -106,7 +92,7 @@ def evaluate(
             results["early_exit"] = {"schedule": "stepwise", "T": T, "curve": curve}
             save()
         if "latency" not in results:
-            results["latency"] = measure_latency(model, batches, modes, stock, progress)
+            results["latency"] = measure_latency(model, batches, asked, stock, progress)
             save()
     return results
 
@@ -128,50 +114,41 @@ def early_exit_curve(
     Returns:
         One mapping for each t: `t` and the quality.
     """
-    last, head = (
-        (model.transformer.ln_f, model.lm_head) if metric == PERPLEXITY else (model.bert.pooler, model.classifier)
-    )
-    qualities = [_quality(metric) for _ in range(T)]
-    states: list[torch.Tensor] = []
-    handle = last.register_forward_hook(lambda module, inputs, output: states.append(output))
-    try:
-        with _restored(model), torch.inference_mode():
-            model.set_timesteps(T, "stepwise")
-            for batch in _bar(batches, f"early exit, T = {T}", progress):
-                model.base_model(**_inputs(batch))
-                steps = states.pop().unflatten(0, (T, -1))
-                average = torch.zeros_like(steps[0])
-                for t, quality in enumerate(qualities):
-                    average += (steps[t] - average) / (t + 1)
-                    quality.add(head(average), batch)
-    finally:
-        handle.remove()
-    return [{"t": t, **quality.result()} for t, quality in enumerate(qualities, start=1)]
+    quality = quality_of(metric)
+    rows: list[list[torch.Tensor]] = [[] for _ in range(T)]
+    with _evaluating(model), torch.inference_mode():
+        for batch in _bar(batches, f"early exit, T = {T}", progress):
+            at_once = max(1, len(batch["labels"]) // T)  # logits of T times as many rows
+            for start in range(0, len(batch["labels"]), at_once):
+                part = {name: value[start : start + at_once] for name, value in batch.items()}
+                for t, logits in enumerate(model.early_exit(T, **_inputs(part))):
+                    rows[t].append(quality.of(logits, part["labels"]))
+    return [{"t": t, **quality.result(_joined(found))} for t, found in enumerate(rows, start=1)]
 
 
 def measure_latency(
-    model: Any, batches: Sequence[Batch], modes: Sequence[Mode], stock: Any = None, progress: bool = True
+    model: Any, batches: Sequence[Batch], asked: Sequence[Mode], stock: Any = None, progress: bool = True
 ) -> list[dict[str, Any]]:
     """Time of one forward pass, without monitors, interleaved over the modes: median, spread and ratio to the ANN."""
     batch = batches[len(batches) // 2]
     inputs = _inputs(batch)
     tokens = int(batch["attention_mask"].sum())
-    seconds: dict[Mode, list[float]] = {mode: [] for mode in modes}
-    with _restored(model), torch.inference_mode():
+    seconds: dict[Mode, list[float]] = {mode: [] for mode in asked}
+    with _evaluating(model, stock), torch.inference_mode():
         for attempt in _bar(range(LATENCY_ROUNDS + 1), "latency", progress):
-            for mode in modes:
-                runner = _prepare(model, mode, stock)
-                _synchronize(model.device)
-                start = time.perf_counter()
-                runner(**inputs)
-                _synchronize(model.device)
-                if attempt:  # the first round warms up
-                    seconds[mode].append(time.perf_counter() - start)
+            for mode in asked:
+                with mode.of(model, stock) as runner:
+                    _synchronize(model.device)
+                    start = time.perf_counter()
+                    runner(**inputs)
+                    _synchronize(model.device)
+                    if attempt:  # the first round warms up
+                        seconds[mode].append(time.perf_counter() - start)
     ann = median(seconds[Mode("qcfs")])
     shape = {"examples": len(batch["input_ids"]), "tokens": tokens}
     return [
         {
-            **_identity(mode),
+            **mode.row(),
             **shape,
             "milliseconds": 1e3 * median(times),
             "fastest": 1e3 * min(times),
@@ -203,43 +180,6 @@ def make_batches(
     return batches
 
 
-class _Perplexity:
-    """Perplexity over all tokens that have a label, each predicted from those before it in its window."""
-
-    def __init__(self):
-        self.loss, self.tokens = 0.0, 0
-
-    def add(self, logits: torch.Tensor, batch: Batch) -> None:
-        for row, labels in zip(logits, batch["labels"], strict=True):
-            self.loss += F.cross_entropy(row[:-1].float(), labels[1:], reduction="sum").item()
-            self.tokens += int(labels[1:].ne(-100).sum())
-
-    def result(self) -> dict[str, float]:
-        loss = self.loss / self.tokens
-        return {PERPLEXITY: math.exp(min(loss, 700.0)), "loss": loss, "tokens": self.tokens}
-
-
-class _TaskMetric:
-    """Metric of a classification or regression task."""
-
-    def __init__(self, metric: str):
-        self.metric = metric
-        self.predictions: list[torch.Tensor] = []
-        self.labels: list[torch.Tensor] = []
-
-    def add(self, logits: torch.Tensor, batch: Batch) -> None:
-        self.predictions.append(logits.squeeze(-1).float() if logits.shape[-1] == 1 else logits.argmax(-1))
-        self.labels.append(batch["labels"])
-
-    def result(self) -> dict[str, float]:
-        predictions, labels = (torch.cat(each).cpu().numpy() for each in (self.predictions, self.labels))
-        return {**METRICS[self.metric](predictions, labels), "examples": len(labels)}
-
-
-def _quality(metric: str) -> "_Perplexity | _TaskMetric":
-    return _Perplexity() if metric == PERPLEXITY else _TaskMetric(metric)
-
-
 class _Agreement:
     """How much logits agree with those of the ANN: share of equal argmax, and relative error."""
 
@@ -264,28 +204,30 @@ class _Agreement:
 
 
 def _measure(
-    model: Any, batches: Sequence[Batch], mode: Mode, metric: str, stock: Any, progress: bool
+    model: Any, batches: Sequence[Batch], mode: Mode, metric: str, split: str, stock: Any, progress: bool
 ) -> dict[str, Any]:
     """One row of results: a pass over the data in one mode, each batch beside the ANN."""
-    quality, agreement = _quality(metric), _Agreement()
+    quality, agreement = quality_of(metric), _Agreement()
+    numbers = []
     monitor, errors = SpikeMonitor(model, densities=True), SiteErrors(model)
     start = time.perf_counter()
     with torch.inference_mode():
         for batch in _bar(batches, str(mode), progress):
             inputs = _inputs(batch)
             with errors:
-                if mode.model != "qcfs":
-                    reference = _prepare(model, Mode("qcfs"))(**inputs).logits
-                runner = _prepare(model, mode, stock)
-                with monitor:
+                if mode.name != "qcfs":
+                    with model.running(0):
+                        reference = model(**inputs).logits
+                with mode.of(model, stock) as runner, monitor:
                     logits = runner(**inputs).logits
             if not logits.isfinite().all():
                 raise ValueError(f"`model` must give finite logits, got others in the mode {str(mode)!r}.")
-            quality.add(logits, batch)
-            agreement.add(logits, logits if mode.model == "qcfs" else reference, batch)
-    row = {**_identity(mode), "quality": quality.result(), **agreement.result()}
-    if mode.model != "stock":
-        row |= {"L": model.config.L, "spike_rate": monitor.spike_rate if mode.T else None}
+            numbers.append(quality.of(logits, batch["labels"]))
+            agreement.add(logits, logits if mode.name == "qcfs" else reference, batch)
+    row = {**mode.row(), "split": split, "quality": quality.result(_joined(numbers)), **agreement.result()}
+    row["spike_rate"] = monitor.spike_rate if mode.T else None
+    if mode.name != "stock":
+        row["L"] = model.config.L
         relative = errors.relative()
         row["sites"] = [
             {"site": name, **site.summary(), "error": relative.get(name)} for name, site in monitor.sites.items()
@@ -338,19 +280,16 @@ def check_timesteps(timesteps: Sequence[int]) -> None:
 
 
 @contextmanager
-def _restored(model: Any) -> Iterator[None]:
-    """Evaluation mode inside; timesteps, schedule and training mode as before afterwards."""
-    T, schedule, training = model.config.T, model.config.schedule, model.training
-    model.eval()
+def _evaluating(*models: Any) -> Iterator[None]:
+    """Evaluation mode inside; training mode as before afterwards. None is no model."""
+    before = [(model, model.training) for model in models if model is not None]
+    for model, _ in before:
+        model.eval()
     try:
         yield
     finally:
-        model.set_timesteps(T, schedule).train(training)
-
-
-def _prepare(model: Any, mode: Mode, stock: Any = None) -> nn.Module:
-    """The model to call for a mode, switched to it."""
-    return stock.eval() if mode.model == "stock" else model.set_timesteps(mode.T, mode.schedule)
+        for model, training in before:
+            model.train(training)
 
 
 def _inputs(batch: Batch) -> Batch:
@@ -361,12 +300,12 @@ def _inputs(batch: Batch) -> Batch:
     return inputs
 
 
-def _identity(mode: Mode) -> dict[str, Any]:
-    return {"model": mode.model, "schedule": mode.schedule, "T": mode.T}
-
-
 def _find(rows: Sequence[dict[str, Any]], mode: Mode) -> dict[str, Any] | None:
-    return next((row for row in rows if _identity(mode).items() <= row.items()), None)
+    return next((row for row in rows if mode.row().items() <= row.items()), None)
+
+
+def _joined(numbers: Sequence[torch.Tensor]) -> np.ndarray:
+    return torch.cat(list(numbers)).cpu().numpy()
 
 
 def _bar(items: Any, description: str, progress: bool) -> Any:

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
-from transformers import BertModel, GPT2Model
+
+from ..layout import Placed, auto_class, core_of, products, sites
 
 
 MAC_PJ = 4.6  # picojoules per 32-bit float multiply-accumulate at 45 nm (Horowitz 2014)
@@ -106,7 +107,7 @@ def count_operations(
     keys = past + ((length + 1) / 2 if causal else length)
     spiking = execution != "ann"
     counted = []
-    for part in _parts(model, length, keys):
+    for part in _parts(core_of(model), length, keys):
         repeated = execution == "replicated" or (execution == "stepwise" and not part.once)
         dense = part.macs * (T if repeated else 1)
         macs, acs, updates = dense, 0.0, 0.0
@@ -176,60 +177,25 @@ def energy_report(
 
 def _parts(model: Any, length: float, keys: float) -> Iterator[_Part]:
     """Every product and neuron site of a model, for sequences of `length` tokens that attend to `keys` on average."""
-    if not hasattr(model, "neurons"):
-        raise ValueError(f"`model` must be a FAS model, got {type(model).__name__}.")
-    names = {id(module): name for name, module in model.neurons()}
-    pooler = None
-    for module in model.modules():
-        if isinstance(module, GPT2Model):
-            yield from _gpt2_parts(module, keys, names)
-        elif isinstance(module, BertModel):
-            yield from _bert_parts(module, keys, names)
-            pooler = module.pooler
-    if pooler is not None:  # runs on the first token of a sequence alone
-        yield _Part("pooler", None, pooler.dense.weight.numel() / length)
-        yield _site(None, pooler.activation, names, length)
-    if hasattr(model, "lm_head"):
-        yield _Part("head", None, model.lm_head.weight.numel(), once=True)
-    elif hasattr(model, "cls"):  # a LayerNorm stands between the spikes of the transform and the decoder
-        transform = model.cls.predictions.transform
-        yield _Part("transform", None, transform.dense.weight.numel())
-        yield _site(None, transform.transform_act_fn, names)
-        yield _Part("head", None, model.cls.predictions.decoder.weight.numel(), once=True)
-    elif pooler is not None and hasattr(model, "classifier"):
-        site = names[id(pooler.activation)]
-        yield _Part("head", None, model.classifier.weight.numel() / length, site=site, once=True)
+    config = model.config
+    per_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = keys * config.num_attention_heads * per_head
+    pools = auto_class(model) != "AutoModelForTokenClassification"
+    placed = {site.name: site for site in sites(model)}
+    spiked = False
+    for each in products(model):
+        product, per = each.product, length if each.product.pooled and pools else 1
+        spiked |= each.site is not None
+        if each.site is not None and each.layer is not None:
+            yield _neurons(placed.pop(each.site))
+        macs = sum(weight.weight.numel() for weight in each.weights) / per if each.weights else attention
+        yield _Part(product.name, each.layer, macs, site=each.site, once=product.once or not spiked)
+        for name in [name for name, site in placed.items() if site.layer is None and site.site.group == product.name]:
+            yield _neurons(placed.pop(name), per)
 
 
-def _gpt2_parts(trunk: Any, keys: float, names: dict[int, str]) -> Iterator[_Part]:
-    for i, block in enumerate(trunk.h):
-        once = i == 0
-        attention, mlp = block.attn, block.mlp
-        yield _Part("qkv", i, attention.c_attn.weight.numel(), once=once)
-        yield _Part("scores", i, keys * attention.embed_dim, once=once)
-        yield _Part("values", i, keys * attention.embed_dim, once=once)
-        yield _Part("attention output", i, attention.c_proj.weight.numel(), once=once)
-        yield _Part("mlp in", i, mlp.c_fc.weight.numel(), once=once)
-        yield _site(i, mlp.act, names)
-        yield _Part("mlp out", i, mlp.c_proj.weight.numel(), site=names[id(mlp.act)])
-
-
-def _bert_parts(trunk: Any, keys: float, names: dict[int, str]) -> Iterator[_Part]:
-    for i, layer in enumerate(trunk.encoder.layer):
-        once = i == 0
-        attention, neuron = layer.attention.self, layer.intermediate.intermediate_act_fn
-        qkv = sum(each.weight.numel() for each in (attention.query, attention.key, attention.value))
-        yield _Part("qkv", i, qkv, once=once)
-        yield _Part("scores", i, keys * attention.all_head_size, once=once)
-        yield _Part("values", i, keys * attention.all_head_size, once=once)
-        yield _Part("attention output", i, layer.attention.output.dense.weight.numel(), once=once)
-        yield _Part("mlp in", i, layer.intermediate.dense.weight.numel(), once=once)
-        yield _site(i, neuron, names)
-        yield _Part("mlp out", i, layer.output.dense.weight.numel(), site=names[id(neuron)])
-
-
-def _site(layer: int | None, neuron: Any, names: dict[int, str], length: float = 1) -> _Part:
-    return _Part("neurons", layer, neurons=neuron.width / length, site=names[id(neuron)])
+def _neurons(placed: Placed, per: float = 1) -> _Part:
+    return _Part("neurons", placed.layer, neurons=placed.neuron.width / per, site=placed.name)
 
 
 def _share(argument: str, shares: float | Mapping[str, float] | None, site: str) -> float:
@@ -238,6 +204,6 @@ def _share(argument: str, shares: float | Mapping[str, float] | None, site: str)
     if share is None or not 0 <= share <= 1:
         raise ValueError(
             f"`{argument}` must hold a number from 0 to 1 for the site {site!r}, got {share!r}. "
-            "Measure it with `training.monitors.SpikeMonitor`."
+            "Measure it with `training.evaluate.SpikeMonitor`."
         )
     return float(share)

@@ -1,14 +1,8 @@
-"""The model card of a checkpoint, written from its results files and its configuration, never by hand.
+"""The model card of a checkpoint, written from its results files and its configuration, never by hand."""
 
-`python -m training.cards FOLDER REPO_ID CARD.md` writes one without publishing anything, and beside it `CARD.json`:
-the files it was made from, whole. `python -m training.cards CARD.json` makes the same card from that file alone.
-"""
-
-import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,22 +10,21 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from training.clean_load import auto_class_name
-from training.results import markdown_table, read_results, write_json
-from training.verification import REPORT, VerificationError, check_report
+from ..results import MODES, flat, markdown_table, read_results
+from .clean_load import auto_class_name
+from .verification import REPORT, VerificationError
 
 
-TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
 PIPELINES = {
     "AutoModel": "feature-extraction",
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
 }
-# Columns of a row of results that are no measure of quality.
-NO_METRIC = {"mode", "T", "schedule", "split", "loss", "examples", "seconds", "epoch", "num_input_tokens_seen"}
+# What `quality` holds beside measures; the loss is one where there is no other.
+NO_METRIC = {"loss", "examples", "tokens"}
 COST = ("spike_rate", "energy_ratio")
-MODES = {"qcfs": "quantised ANN", "fas": "spiking", "stock": "stock model"}
 METRIC_NAMES = {
     "f1": "F1",
     "matthews_correlation": "Matthews correlation",
@@ -69,10 +62,15 @@ class Record:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Its measurements at one T and schedule each: `mode`, `T`, `schedule`, metrics, spike rate, energy ratio."""
+        """Its rows, as `docs/results-schema.md` says."""
         metrics = self.content["metrics"]
-        rows = metrics.get("rows", []) if isinstance(metrics, Mapping) else metrics
-        return [_flat(row) for row in rows if "T" in row]
+        rows = [row for row in (metrics.get("rows", ()) if isinstance(metrics, Mapping) else metrics) if "T" in row]
+        if any(not {"mode", "quality"} <= row.keys() for row in rows):
+            raise VerificationError(
+                f"`{self.file}` must hold rows as docs/results-schema.md says, got those of an earlier version. "
+                "Evaluate the checkpoint again (`--do_eval` of its script, or training.evaluate), or remove the file."
+            )
+        return rows
 
     def setting(self, part: str, name: str) -> Any:
         """One setting of the run, or None."""
@@ -107,18 +105,6 @@ class Sources:
         """The training records, newest first."""
         own = training_record(self.records)
         return [own, *self.earlier] if own else []
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    mode = row.get("mode", row.get("model"))
-    found = {"mode": MODES.get(mode, mode), "T": row["T"], "schedule": row.get("schedule")}
-    if "quality" not in row:
-        return found | {key: value for key, value in row.items() if key not in found}
-    found |= {key: value for key, value in row["quality"].items() if key != "examples"}
-    if row.get("agreement") is not None:
-        found["agreement"] = row["agreement"]
-    ratio = row.get("energy", {}).get("ratio")
-    return found | {"spike_rate": row.get("spike_rate"), "energy_ratio": ratio}
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -196,7 +182,7 @@ def build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: str
         quality=_quality_table(rows),
         source=measured.file if measured else "",
         cost=_cost_table(rows),
-        energy=_energy_constants(measured) if any(row.get("energy_ratio") for row in rows) else "",
+        energy=_energy_constants(measured) if any("energy" in row for row in rows) else "",
         calibration=_calibration(config, sources.calibration),
         record=_record_tables(history),
         settings=_settings(config),
@@ -283,15 +269,16 @@ def _hub_name(name: str | None) -> str | None:
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
     """The measures of quality in a row; the loss only where there is nothing else."""
-    measured = {key: value for key, value in row.items() if isinstance(value, int | float)}
-    chosen = {key: value for key, value in measured.items() if key not in NO_METRIC and key not in COST}
-    return chosen or {key: measured[key] for key in ("loss",) if key in measured}
+    quality = row["quality"]
+    chosen = {name: value for name, value in quality.items() if name not in NO_METRIC}
+    chosen = chosen or {name: quality[name] for name in ("loss",) if name in quality}
+    return chosen | ({"agreement": row["agreement"]} if row.get("agreement") is not None else {})
 
 
 def _eval_results(
     row: Mapping[str, Any], pipeline: str, dataset: str | None, dataset_config: str | None, title: str
 ) -> Iterator[EvalResult]:
-    if row["mode"] == MODES["stock"]:
+    if row["mode"] == "stock":
         return
     when = f"T = {row['T']}, {row['schedule']}" if row["T"] else "T = 0, ANN"
     for metric, value in _metrics(row).items():
@@ -300,7 +287,7 @@ def _eval_results(
             dataset_type=dataset or "unnamed",
             dataset_name=title,
             dataset_config=dataset_config,
-            dataset_split=row.get("split", "validation"),
+            dataset_split=row["split"],
             metric_type=metric,
             metric_value=value,
             metric_name=f"{METRIC_NAMES.get(metric, metric)} ({when})",
@@ -308,18 +295,23 @@ def _eval_results(
         )
 
 
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    return flat(row) | {"mode": MODES[row["mode"]]}
+
+
 def _quality_table(rows: list[dict[str, Any]]) -> str:
     metrics = list(dict.fromkeys(metric for row in rows for metric in _metrics(row)))
-    split = ["split"] if len({row.get("split") for row in rows}) > 1 else []
+    split = ["split"] if len({row["split"] for row in rows}) > 1 else []
     digits = {metric: 2 if metric == "perplexity" else 4 for metric in metrics}
-    return markdown_table(rows, ["mode", "T", "schedule", *split, *metrics], digits) if metrics else ""
+    return markdown_table(map(_cells, rows), ["mode", "T", "schedule", *split, *metrics], digits) if metrics else ""
 
 
 def _cost_table(rows: list[dict[str, Any]]) -> str:
-    columns = [name for name in COST if any(row.get(name) is not None for row in rows)]
+    cells = [_cells(row) for row in rows]
+    columns = [name for name in COST if any(row.get(name) is not None for row in cells)]
     table = [
         {key.replace("_", " "): row.get(key) for key in ("mode", "T", "schedule", *columns)}
-        for row in rows
+        for row in cells
         if any(row.get(name) is not None for name in columns)
     ]
     return markdown_table(table) if table else ""
@@ -407,53 +399,3 @@ def _what_spikes(backbone: str, auto_class: str) -> str:
         return "the activation in the MLP of every block"
     last = "the masked-LM head's transform" if auto_class == "AutoModelForMaskedLM" else "the pooler"
     return f"the activation in the MLP of every layer and that of {last}"
-
-
-def write_card(folder: Path, repo_id: str, options: CardOptions, path: Path) -> None:
-    """Write the card of a checkpoint folder, and beside it, as JSON, the files it was made from.
-
-    Raises:
-        VerificationError: if the folder holds a report of other weights.
-    """
-    check_report(folder)
-    sources, options = read_sources(folder), inherited_options(folder, options)
-    write_json(path.with_suffix(".json"), {"repo_id": repo_id, "options": options, "sources": sources})
-    build_card(sources, repo_id, options).save(path)
-
-
-def rewrite_card(path: Path) -> None:
-    """Write a card again from the JSON file beside it."""
-    content = read_results(path)
-    card = build_card(Sources.from_json(content["sources"]), content["repo_id"], CardOptions(**content["options"]))
-    card.save(path.with_suffix(".md"))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.cards",
-        description="Write the card of a checkpoint, and beside it, as JSON, the results files it is made from.",
-    )
-    parser.add_argument(
-        "folder", type=Path, help="checkpoint; or the JSON file beside a card, to write that card again"
-    )
-    parser.add_argument("repo_id", nargs="?", help="user/name or organisation/name on the Hub")
-    parser.add_argument("card", type=Path, nargs="?", help="file to write, NAME.md; NAME.json goes beside it")
-    parser.add_argument("--license", help="of the weights; by default that of an existing card or base model")
-    parser.add_argument("--language", nargs="+", help="ISO codes; by default those of an existing card")
-    parser.add_argument("--base-model", help="name of the base model on the Hub, where the record has a local path")
-    args = parser.parse_args(argv)
-    if args.folder.is_file() and args.repo_id is None:
-        rewrite_card(args.folder)
-        return 0
-    if args.card is None or args.card.suffix != ".md":
-        parser.error(f"`card` must be a file NAME.md to write, got {args.card}.")
-    try:
-        options = CardOptions(license=args.license, language=args.language, base_model=args.base_model)
-        write_card(args.folder, args.repo_id, options, args.card)
-    except VerificationError as error:
-        parser.error(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,19 @@
+"""Every generated part of README.md and docs/: `python -m benchmarks.tables [--check]`, as `make tables` does."""
+
+import sys
+from collections.abc import Iterator
+
+from benchmarks import calibration_tables, energy_tables, readme, speed_tables, training_tables
+from benchmarks.pages import Part, command
+
+
+GENERATORS = (readme, speed_tables, energy_tables, calibration_tables, training_tables)
+
+
+def parts() -> Iterator[Part]:
+    for generator in GENERATORS:
+        yield from generator.parts()
+
+
+if __name__ == "__main__":
+    sys.exit(command(parts))

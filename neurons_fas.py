@@ -1,0 +1,499 @@
+"""Neurons: signed and unsigned integrate-and-fire, its closed forms, its gradients, its kernels.
+
+This file travels to the Hub inside every checkpoint, next to `modeling_fas.py`. Shapes: `T` timesteps (leading), `B`
+batch, `S` sequence, `D` neurons. Source of the method: Chen et al. 2025 (arXiv 2502.04405).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+
+__all__ = ["MIN_THRESHOLD", "FASNeuron", "integrate_and_fire", "qcfs", "spike_rate"]
+
+logger = logging.get_logger(__name__)
+tl: Any = None  # triton.language, from the first use of a kernel on
+
+# A threshold below this counts as this much; keeps x / threshold finite in every dtype.
+MIN_THRESHOLD = 1e-4
+# Neurons whose state a CPU core keeps in its cache while it runs their timesteps.
+BLOCK_SIZE = 1 << 17
+
+
+class _Call(threading.local):
+    """Of the call that runs in this thread: the positions of its tokens, `(B, S)` or a slice; None: the first ones."""
+
+    positions: Any = None
+
+
+call = _Call()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The neuron
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _state(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the precision that membrane potentials are kept in: float32 at least."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _blocks(like: torch.Tensor, *others: torch.Tensor | None):
+    """Views of rows (dimension -2) of all the tensors, in blocks of at most about `BLOCK_SIZE` elements of the first.
+
+    What has no rows to split comes whole with every block. On an accelerator, and for the compiler, one block is all.
+    """
+    if like.numel() <= BLOCK_SIZE or like.dim() < 2 or like.device.type != "cpu" or torch.compiler.is_compiling():
+        return [(like, *others)]
+    rows = max(1, BLOCK_SIZE * like.shape[-2] // like.numel())
+    count = -(-like.shape[-2] // rows)
+    split = [
+        each.split(rows, dim=-2) if each is not None and each.dim() > 1 and each.shape[-2] > 1 else (each,) * count
+        for each in (like, *others)
+    ]
+    return zip(*split, strict=True)
+
+
+def _spike_count(z: torch.Tensor, initial_potential: torch.Tensor | None, T: int, signed: bool) -> torch.Tensor:
+    """Spikes, less negative ones, of a neuron after T steps of the constant input z, in units of its threshold.
+
+    `clip(floor(T·z + v0), 0, T)` for v0 in [0, 1], from -T on if signed; `None` is 1/2. Above 1 an unsigned neuron
+    with negative input fires only while its start lasts; below 0 one with input above its threshold starts late and
+    then fires at every step.
+    """
+    count = (T * z).add_(0.5 if initial_potential is None else initial_potential).floor_()
+    if initial_potential is not None and not signed:
+        early = (initial_potential > 1) & (z < 0)
+        late = (initial_potential < 0) & (z > 1)
+        count = torch.where(early, torch.floor(initial_potential / (1 - z)), count)
+        count = torch.where(late, T + 1 - torch.ceil((1 - initial_potential) / z), count)
+    return count.clamp_(-T if signed else 0, T)
+
+
+def _start(initial_potential: torch.Tensor | None, signed: bool) -> Any:
+    """The initial potential in the precision of the state; a signed neuron starts between its two thresholds."""
+    if initial_potential is None:
+        return None
+    return _state(initial_potential).clamp(0, 1) if signed else _state(initial_potential)
+
+
+class _SpikeRate(torch.autograd.Function):
+    """Threshold times the firing rate for a constant input, straight-through gradient; keeps the input only."""
+
+    @staticmethod
+    def forward(ctx, x, threshold, initial_potential, T, signed):
+        ctx.save_for_backward(x, threshold, initial_potential)
+        ctx.T, ctx.signed = T, signed
+        theta = _state(threshold).clamp(min=MIN_THRESHOLD)
+        potential = _start(initial_potential, signed)
+        emitted = torch.empty_like(x)
+        for x_, theta_, potential_, emitted_ in _blocks(x, theta, potential, emitted):
+            emitted_.copy_(_spike_count(_state(x_) / theta_, potential_, T, signed).div_(T).mul_(theta_))
+        return emitted
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, threshold, initial_potential = ctx.saved_tensors
+        theta = _state(threshold).clamp(min=MIN_THRESHOLD)
+        potential = _start(initial_potential, ctx.signed)
+        least = -1 if ctx.signed else 0
+        grad_x, grad_theta = torch.empty_like(x), torch.zeros_like(theta)
+        grad_potential = None if potential is None else torch.zeros_like(potential)
+        whole = x, grad, grad_x, theta, grad_theta, potential, grad_potential
+        for x_, grad_, grad_x_, theta_, grad_theta_, potential_, grad_potential_ in _blocks(*whole):
+            z = _state(x_) / theta_
+            inside = z.clamp(least, 1).eq_(z).mul_(grad_)
+            grad_x_.copy_(inside)
+            if ctx.needs_input_grad[1]:
+                level = _spike_count(z, potential_, ctx.T, ctx.signed).div_(ctx.T)
+                grad_theta_ += level.mul_(grad_).sub_(z.mul_(inside)).sum_to_size(theta_.shape)
+            if ctx.needs_input_grad[2]:
+                grad_potential_ += inside.mul_(theta_ / ctx.T).sum_to_size(potential_.shape)
+        if grad_potential is not None:
+            grad_potential = grad_potential.to(initial_potential.dtype)
+        return grad_x, grad_theta.to(threshold.dtype), grad_potential, None, None
+
+
+class _IntegrateAndFire(torch.autograd.Function):
+    """T steps of integrate-and-fire; keeps the input only and integrates again for the surrogate gradient."""
+
+    @staticmethod
+    def forward(ctx, x, threshold, initial_potential, T, signed):
+        ctx.save_for_backward(x, threshold, initial_potential)
+        ctx.signed = signed
+        theta = _state(threshold).clamp(min=MIN_THRESHOLD)
+        start = _start(initial_potential, signed) * theta
+        emitted = x.new_empty((T, *x.shape[1:]))
+        (_fire_by_kernel if _has_kernels(x) else _fire)(x, theta, start, emitted, signed)
+        return emitted
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, threshold, initial_potential = ctx.saved_tensors
+        theta = _state(threshold).clamp(min=MIN_THRESHOLD)
+        potential = _start(initial_potential, ctx.signed)
+        differentiate = _differentiate_by_kernel if _has_kernels(x) else _differentiate
+        grad_x, grad_theta, grad_start = differentiate(x, theta, potential * theta, grad, ctx.signed)
+        grad_theta += (grad_start * potential).sum_to_size(theta.shape)
+        grad_potential = (grad_start * theta).sum_to_size(potential.shape).to(initial_potential.dtype)
+        return grad_x.to(x.dtype), grad_theta.to(threshold.dtype), grad_potential, None, None
+
+
+def _fire(x, theta, start, emitted, signed, membrane=None) -> None:
+    """Write the T steps of integrate-and-fire from the membrane potential `start` to `emitted`, `(T, …)`.
+
+    The whole number of thresholds in the potential, cut to one spike (either way if signed): NaN stays NaN, and on a
+    CPU this is faster than making bool tensors. `membrane` gets the potentials before each reset, if given.
+    """
+    for _, x_, emitted_, theta_, start_, membrane_ in _blocks(x[0], x, emitted, theta, start, membrane):
+        v = start_.expand(x_.shape[1:]).clone()
+        for t in range(len(emitted)):
+            v += x_[min(t, len(x) - 1)]
+            if membrane_ is not None:
+                membrane_[t] = v
+            spikes = (v / theta_).floor_().clamp_(-1 if signed else 0, 1).mul_(theta_)
+            v -= spikes
+            emitted_[t] = spikes
+
+
+def _differentiate(x, theta, start, grad, signed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the input, the threshold and the first membrane potential for those of the output, `(T, …)`."""
+    grad_x = torch.zeros_like(x, dtype=theta.dtype)
+    grad_theta, grad_start = torch.zeros_like(theta), torch.zeros_like(start)
+    whole = x[0], x, grad, grad_x, theta, grad_theta, start, grad_start
+    for _, x_, grad_, grad_x_, theta_, grad_theta_, start_, grad_start_ in _blocks(*whole):
+        emitted, membrane = torch.empty_like(grad_, dtype=theta.dtype).expand(2, *grad_.shape).clone()
+        _fire(x_, theta_, start_, emitted, signed, membrane)
+        grad_v, grad_here = torch.zeros_like(membrane[0]), torch.zeros_like(membrane[0])
+        for t in reversed(range(len(grad))):
+            grad_emitted = grad_[t] - grad_v
+            grad_here.addcmul_(grad_emitted, emitted[t].div_(theta_))
+            grad_emitted.mul_(theta_)
+            upper = (1 - membrane[t].sub(theta_).abs_()).clamp_(min=0).mul_(grad_emitted)
+            grad_here -= upper  # through v - theta
+            grad_v += upper
+            if signed:
+                grad_v += (1 - membrane[t].abs()).clamp_(min=0).mul_(grad_emitted)
+            grad_x_[min(t, len(x) - 1)] += grad_v
+        grad_theta_ += grad_here.sum_to_size(theta_.shape)
+        grad_start_ += grad_v.sum_to_size(start_.shape)
+    return grad_x, grad_theta, grad_start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same by Triton, which comes with PyTorch for CUDA and is never required
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _fire_kernel(x, theta, start, emitted, size, columns, x_step, T, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """As `_fire`; a program runs all T steps of `BLOCK` of the `columns` neurons that have thresholds of their own."""
+    blocks = (columns + BLOCK - 1) // BLOCK
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = (tl.program_id(0) // blocks).to(tl.int64) * columns + column
+    inside = column < columns
+    threshold = tl.load(theta + column, mask=inside)
+    v = tl.load(start + column, mask=inside)
+    for _ in range(T):
+        v = (v + tl.load(x + at, mask=inside)).to(threshold.dtype)
+        spikes = tl.where(v >= threshold, threshold, 0.0)
+        if SIGNED:
+            spikes = tl.where(v < 0.0, -threshold, spikes)
+        spikes = tl.where(v == v, spikes, v)  # NaN stays NaN
+        v -= spikes
+        tl.store(emitted + at, spikes, mask=inside)
+        x += x_step
+        emitted += size
+
+
+def _differentiate_kernel(
+    x,
+    theta,
+    start,
+    grad,
+    grad_x,
+    grad_theta,
+    grad_start,
+    size,
+    columns,
+    x_step,
+    T,
+    SIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As `_differentiate`; `grad_x` holds the membrane potentials until the way back fills it."""
+    blocks = (columns + BLOCK - 1) // BLOCK
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = (tl.program_id(0) // blocks).to(tl.int64) * columns + column
+    inside = column < columns
+    threshold = tl.load(theta + column, mask=inside)
+    v = tl.load(start + column, mask=inside)
+    for _ in range(T):
+        v = (v + tl.load(x + at, mask=inside)).to(threshold.dtype)
+        tl.store(grad_x + at, v, mask=inside)
+        spikes = tl.where(v >= threshold, threshold, 0.0)
+        if SIGNED:
+            spikes = tl.where(v < 0.0, -threshold, spikes)
+        v -= tl.where(v == v, spikes, v)
+        x += x_step
+        grad += size
+        grad_x += size
+    tl.debug_barrier()  # a thread may read back what another one of its program wrote
+    grad_v, grad_here = threshold * 0.0, threshold * 0.0
+    for _ in range(T):
+        grad -= size
+        grad_x -= size
+        v = tl.load(grad_x + at, mask=inside)
+        u = v - threshold
+        grad_emitted = (tl.load(grad + at, mask=inside) - grad_v).to(threshold.dtype)
+        upper = tl.where(tl.abs(u) > 1.0, 0.0, 1.0 - tl.abs(u)) * grad_emitted * threshold
+        grad_here += tl.where(v >= threshold, grad_emitted, 0.0) - upper
+        grad_v += upper
+        if SIGNED:
+            grad_here -= tl.where(v < 0.0, grad_emitted, 0.0)
+            grad_v += tl.where(tl.abs(v) > 1.0, 0.0, 1.0 - tl.abs(v)) * grad_emitted * threshold
+        tl.store(grad_x + at, grad_v, mask=inside)
+    tl.store(grad_theta + at, grad_here, mask=inside)
+    tl.store(grad_start + at, grad_v, mask=inside)
+
+
+def _has_kernels(x: torch.Tensor) -> bool:
+    """Whether Triton runs the neuron: on CUDA, outside `torch.compile`, which fuses the plain loop by itself."""
+    return x.is_cuda and not torch.compiler.is_compiling() and x.numel() > 0 and bool(_kernels(x.device, x.dtype))
+
+
+@functools.cache
+def _kernels(device: torch.device, dtype: torch.dtype) -> tuple:
+    """The two kernels; none where Triton is missing or does not run."""
+    global tl
+    try:
+        import triton
+        from triton import language as tl
+    except ImportError:
+        return ()
+    kernels = triton.jit(_fire_kernel), triton.jit(_differentiate_kernel)
+    x = torch.linspace(-1, 2, 64, device=device, dtype=dtype)[None]
+    theta = torch.ones(64, device=device, dtype=_state(x).dtype)
+    emitted, expected = x.new_empty((2, 4, 64))
+    _fire(x, theta, theta / 2, expected, True)
+    try:
+        with torch.cuda.device_of(x):
+            kernels[0][1,](x, theta, theta / 2, emitted, 64, 64, 0, 4, SIGNED=True, BLOCK=64)
+        agree = torch.equal(emitted, expected)
+    except Exception:
+        # An old GPU, no C compiler, no place for a cache: the plain loop needs none of them.
+        logger.warning("Triton is installed but does not run: the neurons do without, slower.", exc_info=True)
+        return ()
+    if not agree:
+        logger.warning("Triton's spikes are not those of the plain loop on this GPU: the neurons do without, slower.")
+        return ()
+    return kernels
+
+
+def _launch(kernel: int, T: int, signed: bool, x, theta, start, *tensors) -> None:
+    """Run a kernel on all rows of neurons, between which thresholds do not differ."""
+    theta, start = theta.expand(x.shape[1:]), start.expand(x.shape[1:])
+    while theta.dim() > 1 and theta.stride(0) == start.stride(0) == 0:
+        theta, start = theta[0], start[0]
+    size, columns = x[0].numel(), theta.numel()
+    block = min(1024, 1 << (columns - 1).bit_length())
+    grid = (size // columns * -(-columns // block),)
+    tensors = tuple(each.contiguous() for each in (x, theta, start, *tensors))
+    with torch.cuda.device_of(x):
+        _kernels(x.device, x.dtype)[kernel][grid](
+            *tensors, size, columns, size * (len(x) > 1), T, SIGNED=signed, BLOCK=block
+        )
+
+
+def _fire_by_kernel(x, theta, start, emitted, signed) -> None:
+    _launch(0, len(emitted), signed, x, theta, start, emitted)
+
+
+def _differentiate_by_kernel(x, theta, start, grad, signed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_x = theta.new_empty(grad.shape)
+    grad_theta, grad_start = theta.new_empty((2, *x.shape[1:]))
+    _launch(1, len(grad), signed, x, theta, start, grad, grad_x, grad_theta, grad_start)
+    if len(x) == 1:
+        grad_x = grad_x.sum(0, keepdim=True)
+    return grad_x, grad_theta.sum_to_size(theta.shape), grad_start.sum_to_size(start.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions and module
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def qcfs(x: torch.Tensor, threshold: torch.Tensor, L: int, signed: bool = False) -> torch.Tensor:
+    """Quantised clipped ReLU: `threshold · floor(clip(x / threshold, 0, 1) · L + 1/2) / L`.
+
+    Signed, the clip is to [-1, 1], which makes it a quantiser of its input. The gradient passes the floor unchanged
+    and the clip inside its closed interval; the threshold gets one through both places it stands in. Computed in
+    float32 at least.
+
+    Args:
+        x (`torch.Tensor`): pre-activations of any shape.
+        threshold (`torch.Tensor` broadcastable to `x`): upper end of the range; below 1e-4 it counts as 1e-4.
+        L (`int`): quantisation levels above zero.
+        signed (`bool`, defaults to `False`): whether there are as many below zero.
+
+    Returns:
+        `torch.Tensor`: shape and dtype of `x`.
+
+    Source: Bu et al. 2022 (arXiv 2303.04347), Eq. 8, with shift 1/2.
+    """
+    return _SpikeRate.apply(x, threshold, None, L, signed)
+
+
+def spike_rate(
+    x: torch.Tensor, threshold: torch.Tensor, initial_potential: torch.Tensor | None, T: int, signed: bool = False
+) -> torch.Tensor:
+    """Time average of what a neuron emits in T steps of a constant input, in closed form.
+
+    Equals `integrate_and_fire(x[None], threshold, initial_potential, T, signed).mean(0)` up to rounding at exact ties,
+    and [`qcfs`] with L = T, bit for bit, for an initial potential of 1/2 (given as `None`). The gradient is that of
+    [`qcfs`], straight through the floor.
+
+    Args:
+        x (`torch.Tensor` of shape `(B, …, D)`): the constant input.
+        threshold (`torch.Tensor` broadcastable to `x`)
+        initial_potential (`torch.Tensor` broadcastable to `x`, *optional*): fraction of the threshold, 1/2 if `None`.
+        T (`int`): timesteps, at least 1.
+        signed (`bool`, defaults to `False`): as in [`integrate_and_fire`].
+
+    Returns:
+        `torch.Tensor`: shape and dtype of `x`.
+    """
+    return _SpikeRate.apply(x, threshold, initial_potential, T, signed)
+
+
+def integrate_and_fire(
+    x: torch.Tensor, threshold: torch.Tensor, initial_potential: torch.Tensor, T: int, signed: bool = False
+) -> torch.Tensor:
+    """T steps of integrate-and-fire with soft reset, from the membrane potential `initial_potential · threshold`.
+
+    `v += x[t]`; emit `threshold` where `v >= threshold`, and `-threshold` where `v < 0` if signed, else 0; `v -=` what
+    was emitted. No leak, no lower bound, at most one spike a step. From the potential 1/2 a signed neuron so fires
+    where what it holds differs by half a threshold from what it emitted. The state is kept in float32 at least, inside
+    this call. The gradient of a spike is the triangle `max(0, 1 - |v - threshold|)`, of a negative one `max(0, 1 -
+    |v|)`; everything else is differentiated as written, through time and reset. NaN stays NaN.
+
+    Args:
+        x (`torch.Tensor` of shape `(T, B, …, D)`, or `(1, B, …, D)` for a constant input)
+        threshold (`torch.Tensor` broadcastable to `(B, …, D)`): below 1e-4 it counts as 1e-4.
+        initial_potential (`torch.Tensor` broadcastable to `(B, …, D)`): fraction of the threshold; if signed, counts
+            as 0 below 0 and as 1 above 1.
+        T (`int`): timesteps, at least 1.
+        signed (`bool`, defaults to `False`): whether the neuron spikes both ways.
+
+    Returns:
+        `torch.Tensor` of shape `(T, B, …, D)`: the threshold where a neuron fired, less where negatively, else 0;
+        dtype of `x`.
+
+    Raises:
+        ValueError: if `x` holds neither one nor T timesteps.
+
+    Source: Chen et al. 2025, Sec. 3; differs in that thresholds get a gradient here too.
+    """
+    if len(x) not in (1, T):
+        raise ValueError(f"`x` must hold 1 or `T` = {T} timesteps in its first dimension, got shape {tuple(x.shape)}.")
+    return _IntegrateAndFire.apply(x, threshold, initial_potential, T, signed)
+
+
+class FASNeuron(nn.Module):
+    """A neuron site: QCFS at T = 0, integrate-and-fire at T > 0.
+
+    Holds `threshold` of shape `(1,)`; once calibrated `fine_threshold` and `initial_potential` (a fraction of the
+    threshold), of shape `(1,)`, `(D,)` or `(S, D)` by granularity, which take its place at T > 0. No state survives a
+    call. The model keeps `L`, `T` and `schedule` as its configuration says.
+
+    Args:
+        config ([`FASConfig`])
+        width (`int`): neurons of the site, D.
+        per_position (`bool`, defaults to `True`): whether the input has a sequence dimension (a pooler's has none).
+        signed (`bool`, defaults to `False`): whether the neurons spike both ways.
+        folds (`bool`, defaults to `True`): whether a linear layer follows, which the threshold can fold into.
+    """
+
+    def __init__(self, config, width: int, per_position: bool = True, signed: bool = False, folds: bool = True):
+        super().__init__()
+        self.width, self.per_position, self.signed = width, per_position, signed
+        self.initial_threshold = config.initial_threshold
+        self.L, self.T, self.schedule = config.L, config.T, config.schedule
+        self.folded = config.folded and folds  # what follows holds the threshold: emit spikes, not threshold · spikes
+        self.threshold = nn.Parameter(torch.full((1,), config.initial_threshold))
+        self.register_parameter("fine_threshold", None)
+        self.register_parameter("initial_potential", None)
+        if config.calib_T is not None:
+            self.refine(config.granularity, config.calib_length)
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether the site emits spike trains, `(T·B, …)`, rather than one value per input."""
+        return self.T > 0 and self.schedule == "stepwise"
+
+    def refine(self, granularity: str, length: int | None = None) -> None:
+        """Give the site fine thresholds, equal to its threshold, and initial potentials of 1/2."""
+        by_position = granularity == "position" and self.per_position
+        shape = [length or 1] * by_position + [1 if granularity == "layer" else self.width]
+        self.fine_threshold = nn.Parameter(self.threshold.detach().expand(shape).clone())
+        self.initial_potential = nn.Parameter(torch.full_like(self.fine_threshold, 0.5))
+
+    def reset_parameters(self) -> None:
+        """Set every parameter that no checkpoint provides to its initial value."""
+        nn.init.constant_(self.threshold, self.initial_threshold)
+        if self.fine_threshold is not None:
+            nn.init.constant_(self.fine_threshold, self.initial_threshold)
+            nn.init.constant_(self.initial_potential, 0.5)
+
+    def thresholds(self, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Threshold and initial potential (`None`: 1/2), `(1,)`, `(D,)`, `(S, D)` or `(B, S, D)`, for S columns."""
+        if self.fine_threshold is None or self.T == 0:
+            return self.threshold, None
+        if self.fine_threshold.dim() < 2:
+            return self.fine_threshold, self.initial_potential
+        rows = slice(0, length) if call.positions is None else call.positions
+        reached = rows.stop if isinstance(rows, slice) else int(rows.max()) + 1
+        if reached > len(self.fine_threshold):
+            raise ValueError(
+                f"`input_ids` must not reach beyond the {len(self.fine_threshold)} positions that the fine thresholds "
+                f"were calibrated for, got {reached}. Shorten the input, or calibrate with granularity 'neuron', "
+                "which has no such limit."
+            )
+        return self.fine_threshold[rows], self.initial_potential[rows]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, S, D)` or `(B, D)`, `(T·B, …)` in stepwise mode): the input
+                currents.
+
+        Returns:
+            `torch.Tensor`: threshold times spikes, `(T·B, …)`, time-major, in stepwise mode; their time average,
+            `(B, …)`, in layerwise mode; the QCFS activation, `(B, …)`, at T = 0. All divided by the (fine) threshold
+            where that is folded into the weights that follow.
+        """
+        emitted = self._emit(hidden_states)
+        if not self.folded:
+            return emitted
+        threshold = self.threshold if self.fine_threshold is None else self.fine_threshold
+        return (emitted / threshold.clamp(min=MIN_THRESHOLD)).to(emitted.dtype)
+
+    def _emit(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        threshold, potential = self.thresholds(hidden_states.shape[-2])
+        if not self.stepwise:
+            return spike_rate(hidden_states, threshold, potential, self.T or self.L, self.signed)
+        if potential is None:
+            potential = torch.full_like(threshold, 0.5)
+        steps = hidden_states.unflatten(0, (self.T, -1))
+        return integrate_and_fire(steps, threshold, potential, self.T, self.signed).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        fine = "" if self.fine_threshold is None else f", fine={tuple(self.fine_threshold.shape)}"
+        signed = ", signed" if self.signed else ""
+        return f"{self.width}, L={self.L}, T={self.T}, schedule={self.schedule}{signed}{fine}"

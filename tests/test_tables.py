@@ -1,0 +1,36 @@
+"""Generated parts of documents: written between their marks, and found when they are out of date."""
+
+import pytest
+
+from benchmarks import pages
+from benchmarks.pages import Part, command, update
+
+
+def test_parts_are_written_once_and_checked_after(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(
+        "before\n<!-- generated: a -->\nold\n<!-- end of a -->\nbetween\n<!-- generated: b -->\n<!-- end of b -->"
+    )
+    parts = [Part("page.md", "a", "one"), Part("page.md", "b", "two"), Part("whole.svg", None, b"drawn")]
+    before = page.read_bytes()
+    assert command(lambda: parts, ["--check"]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "page.md: out of date, run make tables", "whole.svg: out of date, run make tables"
+    ]  # fmt: skip
+    assert page.read_bytes() == before and not (tmp_path / "whole.svg").exists()
+    assert command(lambda: parts, []) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and "\nbetween\n" in text and "old" not in text
+    assert text.index("one") < text.index("between") < text.index("two")
+    assert (tmp_path / "whole.svg").read_bytes() == b"drawn"
+    assert command(lambda: parts, ["--check"]) == 0
+    page.write_text(text.replace("two", "typed"))
+    assert update(parts, check=True) == ["page.md"]
+
+
+def test_a_document_without_the_marks_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    (tmp_path / "page.md").write_text("nothing")
+    with pytest.raises(ValueError, match=r"page.md must hold <!-- generated: a -->"):
+        update([Part("page.md", "a", "one")])

@@ -1,0 +1,102 @@
+"""Where the products and the neuron sites of a model are, read from the table of its backbone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from configuration_fas import Product, Site
+from modeling_fas import FASMixin, find, trunk
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A neuron site of a model: in which block, its name and neuron, and the linear layer that takes what it emits."""
+
+    layer: int | None
+    name: str
+    site: Site
+    neuron: Any
+    target: Any
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A product of a model: in which block, its linear layers, and the name of the site whose spikes they take."""
+
+    layer: int | None
+    product: Product
+    weights: list[Any]
+    site: str | None
+
+
+def core_of(model: Any) -> Any:
+    """The FAS model itself, below whatever wraps it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, FASMixin) or hasattr(module, "neurons"):
+            return module
+    raise ValueError(f"`model` must be a FAS model, got {type(model).__name__}, which has no neuron sites.")
+
+
+def auto_class(model: Any) -> str:
+    """The Auto class that loads models of its kind."""
+    return next(auto for auto, name in model.config.table.models.items() if name == type(model).__name__)
+
+
+def predicts_next(model: Any) -> bool:
+    """Whether the logits at a position speak of the next token."""
+    return auto_class(model) == "AutoModelForCausalLM"
+
+
+def pooled(model: Any) -> set[str]:
+    """Names of the sites that run once a sequence, not once a token."""
+    return {each.name for each in sites(model) if each.layer is None and not each.site.per_position}
+
+
+def sites(model: Any) -> list[Placed]:
+    """Every neuron site, in the order they run in."""
+    table, names = model.config.table, {id(neuron): name for name, neuron in model.neurons()}
+    wanted: list[tuple[int | None, Any, Site]] = [
+        (layer, block, site) for layer, block in _blocks(model) for site in table.sites
+    ]
+    wanted += [(None, None, site) for site in table.outer_sites]
+    placed = []
+    for layer, parent, site in wanted:
+        path = f"{site.path}.site" if site.at == "input" else site.path
+        neuron = _at(model, parent, path)
+        if id(neuron) in names:
+            target = _at(model, parent, site.target) if site.target else None
+            placed.append(Placed(layer, names[id(neuron)], site, neuron, target))
+    return placed
+
+
+def products(model: Any) -> Iterator[Weighed]:
+    """Every product of the blocks, block by block, then those of what follows; what a model lacks is left out."""
+    table = model.config.table
+    fed = {id(placed.target): placed.name for placed in sites(model) if placed.target is not None}
+    wanted: list[tuple[int | None, Any, Product]] = [
+        (layer, block, product) for layer, block in _blocks(model) for product in table.products
+    ]
+    wanted += [(None, None, product) for product in table.outer_products]
+    for layer, parent, product in wanted:
+        weights = [_at(model, parent, path) for path in product.weights]
+        weights = [each for each in weights if hasattr(each, "weight") and each.weight.dim() == 2]
+        if weights or not product.weights:
+            yield Weighed(layer, product, weights, fed.get(id(weights[0])) if weights else None)
+
+
+def _blocks(model: Any) -> Iterator[tuple[int, Any]]:
+    yield from enumerate(trunk(model).get_submodule(model.config.table.blocks))
+
+
+def _at(model: Any, parent: Any, path: str) -> Any:
+    """What is at a path of a block, or outside of blocks in the model or its trunk."""
+    if parent is not None:
+        return find(parent, path)
+    found = find(model, path)
+    return find(model.base_model, path) if found is None else found

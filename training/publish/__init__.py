@@ -1,0 +1,8 @@
+"""A checkpoint on the Hub: its card, what is verified before, the upload."""
+
+from .card import CardOptions
+from .upload import PublishError, PublishMixin, publish
+from .verification import VerificationError, verify
+
+
+__all__ = ["CardOptions", "PublishError", "PublishMixin", "VerificationError", "publish", "verify"]

@@ -1,0 +1,64 @@
+"""Write the card of a checkpoint, and beside it, as JSON, the results files it is made from.
+
+`python -m training.publish.cards FOLDER REPO_ID CARD.md` publishes nothing; `CARD.json` beside the card has the
+files it was made from, whole. `python -m training.publish.cards CARD.json` makes the same card from that file alone.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..results import read_results, write_json
+from .card import CardOptions, Sources, build_card, inherited_options, read_sources
+from .verification import VerificationError, check_report
+
+
+def write_card(folder: Path, repo_id: str, options: CardOptions, path: Path) -> None:
+    """Write the card of a checkpoint folder, and beside it, as JSON, the files it was made from.
+
+    Raises:
+        VerificationError: if the folder holds a report of other weights.
+    """
+    check_report(folder)
+    sources, options = read_sources(folder), inherited_options(folder, options)
+    write_json(path.with_suffix(".json"), {"repo_id": repo_id, "options": options, "sources": sources})
+    build_card(sources, repo_id, options).save(path)
+
+
+def rewrite_card(path: Path) -> None:
+    """Write a card again from the JSON file beside it."""
+    content = read_results(path)
+    card = build_card(Sources.from_json(content["sources"]), content["repo_id"], CardOptions(**content["options"]))
+    card.save(path.with_suffix(".md"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.publish.cards",
+        description=(__doc__ or "").partition("\n")[0],
+    )
+    parser.add_argument(
+        "folder", type=Path, help="checkpoint; or the JSON file beside a card, to write that card again"
+    )
+    parser.add_argument("repo_id", nargs="?", help="user/name or organisation/name on the Hub")
+    parser.add_argument("card", type=Path, nargs="?", help="file to write, NAME.md; NAME.json goes beside it")
+    parser.add_argument("--license", help="of the weights; by default that of an existing card or base model")
+    parser.add_argument("--language", nargs="+", help="ISO codes; by default those of an existing card")
+    parser.add_argument("--base-model", help="name of the base model on the Hub, where the record has a local path")
+    args = parser.parse_args(argv)
+    if args.folder.is_file() and args.repo_id is None:
+        rewrite_card(args.folder)
+        return 0
+    if args.card is None or args.card.suffix != ".md":
+        parser.error(f"`card` must be a file NAME.md to write, got {args.card}.")
+    try:
+        options = CardOptions(license=args.license, language=args.language, base_model=args.base_model)
+        write_card(args.folder, args.repo_id, options, args.card)
+    except VerificationError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Publish a checkpoint folder on the Hub, verified first, in one commit: `python -m training.publish FOLDER REPO`."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+
+from .card import CardOptions
+from .upload import PublishError, publish
+from .verification import VerificationError
+
+
+logger = logging.getLogger(__name__)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m training.publish", description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("folder", help="checkpoint folder: model, tokenizer, results")
+    parser.add_argument("repo_id", help="user/name or organisation/name on the Hub")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--revision", help="branch to commit to, made if it does not exist")
+    parser.add_argument(
+        "--dry-run",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="write the exact folder to be uploaded to DIR (FOLDER-to-publish if not given), and stop",
+    )
+    parser.add_argument("--license", help="license of the weights; by default that of an existing card or base model")
+    parser.add_argument("--language", nargs="+", help="languages as ISO codes; by default those of an existing card")
+    parser.add_argument("--base-model", help="name of the base model on the Hub, where the record has a local path")
+    parser.add_argument("--message", default="Publish a FAS checkpoint", help="commit message")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "httpx2", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    dry_run = args.folder.rstrip("/") + "-to-publish" if args.dry_run == "" else args.dry_run
+    card = CardOptions(license=args.license, language=args.language, base_model=args.base_model)
+    try:
+        where = publish(
+            args.folder,
+            args.repo_id,
+            private=args.private,
+            revision=args.revision,
+            dry_run=dry_run,
+            card=card,
+            commit_message=args.message,
+        )
+    except (VerificationError, PublishError) as error:
+        logger.error(f"Not published: {error}")
+        return 1
+    except OSError as error:
+        logger.error(f"Not published: {error}. Nothing was uploaded, and no half-written folder is left.")
+        return 1
+    except KeyboardInterrupt as error:
+        logger.error(f"Interrupted. {str(error) or 'Nothing was uploaded.'}")
+        return 130
+    logger.info(f"{'Written to' if dry_run else 'Published:'} {where}")
+    return 0
