@@ -148,6 +148,23 @@ def test_gradient_checkpointing_changes_no_gradient(kind, T, schedule):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("T, schedule", [(0, "stepwise"), (4, "stepwise"), (4, "layerwise")])
+def test_gradient_checkpointing_in_the_configuration_runs_blocks_again(kind, T, schedule):
+    found = []
+    for setting in (False, True):
+        model = tiny.model(kind, T=T, schedule=schedule, gradient_checkpointing=setting).double().train()
+        flags = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers 5.23 renames it
+        assert getattr(model, next(name for name in flags if hasattr(type(model), name))) == setting
+        runs = []
+        model.neurons()[1][1].register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        found.append(gradients(model, model(**tiny.batch(kind)).loss))
+        assert len(runs) == 1 + setting
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, **EXACT)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("T", [0, 4])
 def test_every_parameter_moves(kind, T):
     model, inputs = tiny.model(kind, T=T).train(), tiny.batch(kind)
