@@ -132,6 +132,21 @@ def test_a_threshold_that_cannot_fire_is_refused(value, fine, tmp_path):
         FASGPT2LMHeadModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_initial_potential_that_is_no_number_is_refused(value, tmp_path):
+    model = tiny.model("gpt2", T=2).begin_calibration(2)
+    key = "transformer.h.1.mlp.act.initial_potential"
+    with torch.no_grad():
+        model.get_parameter(key)[3] = -0.25  # this is none that must be refused
+    model.save_pretrained(tmp_path)
+    assert FASGPT2LMHeadModel.from_pretrained(tmp_path).get_parameter(key)[3] == -0.25
+    weights = load_file(tmp_path / "model.safetensors")
+    weights[key][5] = value
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"`{key}` must be finite.*got {value}"):
+        FASGPT2LMHeadModel.from_pretrained(tmp_path)
+
+
 def test_a_truncated_file_is_refused(tmp_path):
     tiny.model("gpt2").save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
@@ -162,6 +177,35 @@ def test_inputs_that_cannot_run_are_refused(kind, T):
     for shape in ((0, 5), (2, 0)):
         with pytest.raises(ValueError, match=r"`input_ids` must hold at least one token, got shape \(\d, \d\)"):
             model(torch.ones(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("T, schedule", [(0, "stepwise"), (4, "stepwise"), (4, "layerwise")])
+@torch.no_grad()
+def test_cached_tokens_count_as_positions(T, schedule):
+    model = tiny.model("gpt2", T=T, schedule=schedule)
+    ids = torch.ones(1, tiny.POSITIONS - 2, dtype=torch.long)
+    cache = model(ids, use_cache=True).past_key_values
+    model(ids[:, :2], past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match=f"{tiny.POSITIONS} positions.*got {tiny.POSITIONS + 1}"):
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_cross_attention_is_refused(kind):
+    decoder = {} if kind == "gpt2" else {"is_decoder": True}  # which the stock BERT asks for
+    with pytest.raises(ValueError, match=r"`add_cross_attention` must be False"):
+        tiny.model(kind, add_cross_attention=True, **decoder)
+
+
+@pytest.mark.parametrize("kind", ["mlm", "classify"])
+def test_thresholds_by_position_are_refused_where_the_feed_forward_layer_sees_chunks(kind):
+    model, inputs = tiny.model(kind, chunk_size_feed_forward=3), tiny.batch(kind)
+    with pytest.raises(ValueError, match=r"'position'.*`config.chunk_size_feed_forward`"):
+        model.begin_calibration(4, "position", tiny.POSITIONS)
+    assert model.config.calib_T is None and all(neuron.fine_threshold is None for _, neuron in model.neurons())
+    chunked = model.begin_calibration(4, "neuron").double().set_timesteps(4)(**inputs).logits
+    whole = tiny.model(kind).begin_calibration(4, "neuron").double().set_timesteps(4)(**inputs).logits
+    torch.testing.assert_close(chunked, whole, atol=1e-12, rtol=0)  # float64: no level can flip by rounding
 
 
 def test_a_wrong_setting_stops_loading(tmp_path):

@@ -148,6 +148,23 @@ def test_gradient_checkpointing_changes_no_gradient(kind, T, schedule):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("T, schedule", [(0, "stepwise"), (4, "stepwise"), (4, "layerwise")])
+def test_gradient_checkpointing_in_the_configuration_runs_blocks_again(kind, T, schedule):
+    found = []
+    for setting in (False, True):
+        model = tiny.model(kind, T=T, schedule=schedule, gradient_checkpointing=setting).double().train()
+        flags = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers 5.23 renames it
+        assert getattr(model, next(name for name in flags if hasattr(type(model), name))) == setting
+        runs = []
+        model.neurons()[1][1].register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        found.append(gradients(model, model(**tiny.batch(kind)).loss))
+        assert len(runs) == 1 + setting
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, **EXACT)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("T", [0, 4])
 def test_every_parameter_moves(kind, T):
     model, inputs = tiny.model(kind, T=T).train(), tiny.batch(kind)
@@ -286,3 +303,19 @@ def test_thresholds_stay_positive_through_training_and_saving(tmp_path):
     model.save_pretrained(tmp_path)
     assert all(neuron.threshold.item() > 0 for _, neuron in model.neurons())
     assert torch.equal(tiny.CLASSES["classify"].from_pretrained(tmp_path)(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "neuron", "position"])
+@torch.no_grad()
+def test_fine_thresholds_are_saved_positive(granularity, tmp_path):
+    model, inputs = (
+        tiny.model("classify", T=2).begin_calibration(2, granularity, tiny.POSITIONS),
+        tiny.batch("classify"),
+    )
+    for i, (_, neuron) in enumerate(model.neurons()):
+        neuron.fine_threshold.flatten()[0] = -0.3 * i  # 0 is none either
+    logits = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    loaded = tiny.CLASSES["classify"].from_pretrained(tmp_path)
+    assert all(neuron.fine_threshold.min() > 0 for _, neuron in loaded.neurons())
+    assert torch.equal(loaded(**inputs).logits, logits)

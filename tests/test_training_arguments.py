@@ -155,7 +155,8 @@ def test_calibration_by_neuron_has_its_own_settings_and_flags_win(script, granul
     model = ModelArguments(stage="calibrate", granularity=granularity)
     run = Run(script, model, DataArguments(), FASTrainingArguments(output_dir=str(tmp_path), **flags), None, [])
     assert run.trainer.func is FASCalibrationTrainer
-    assert run.trainer.keywords["threshold_learning_rate"] == rate
-    assert run.trainer.keywords["loss_settings"] == {"site_weight": weight}
+    given = run.trainer.keywords["args"]
+    assert run.trainer.keywords == {"args": given}, "the trainer reads them"
+    assert (given.threshold_learning_rate, given.site_weight) == (rate, weight)
     recorded = run.training.to_dict()
     assert (recorded["threshold_learning_rate"], recorded["site_weight"]) == (rate, weight)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from configuration_fas import FASBertConfig, FASGPT2Config
 from modeling_fas import FASBertForMaskedLM, FASBertForSequenceClassification, FASGPT2LMHeadModel
 from neurons_fas import MIN_THRESHOLD
 from training.arguments import THRESHOLD_LEARNING_RATES, FASTrainingArguments
+from training.calibrate import calibration_loss
 from training.checkpoints import whole_or_nothing
 from training.trainers import FASCalibrationTrainer, FASTrainer
 
@@ -121,6 +123,63 @@ def test_calibration_moves_fine_thresholds_and_initial_potentials_alone(tmp_path
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {name for name in before if name.endswith(("fine_threshold", "initial_potential"))}
     assert model.config.hidden_dropout_prob == 0.1, "dropout is off while calibrating, not in the configuration"
+
+
+RATES = [
+    # in the arguments, as a keyword, what trains
+    (0.05, {}, 0.05),
+    (0.05, {"threshold_learning_rate": 0.3}, 0.3),
+    (0.05, {"threshold_learning_rate": 0.0}, 0.0),
+    (0.0, {}, 0.0),
+    (None, {}, 2e-4),
+    (None, {"threshold_learning_rate": 0.3}, 0.3),
+]
+
+
+@pytest.mark.parametrize("trainer_class", [FASTrainer, FASCalibrationTrainer])
+@pytest.mark.parametrize(("given", "keyword", "rate"), RATES)
+def test_thresholds_have_the_rate_of_the_arguments_unless_a_keyword_says_otherwise(
+    trainer_class, given, keyword, rate, tmp_path
+):
+    model = build("clm", layers=1).begin_calibration(2)
+    args = arguments(tmp_path, learning_rate=2e-4, threshold_learning_rate=given)
+    thresholds = {id(p) for name, p in model.named_parameters() if name.endswith(("threshold", "initial_potential"))}
+    groups = trainer_class(model, args, **keyword).create_optimizer().param_groups
+    found = {group["lr"] for group in groups if thresholds & {id(p) for p in group["params"]}}
+    assert found == {rate}
+
+
+@pytest.mark.parametrize(
+    ("given", "keyword", "weight"),
+    [
+        (7.0, {}, 7.0),
+        (7.0, {"loss_settings": {"site_weight": 3.0}}, 3.0),
+        (7.0, {"loss_settings": {"site_weight": 0.0}}, 0.0),
+        (7.0, {"loss_settings": {"output_weight": 0.0}}, 7.0),
+        (0.0, {}, 0.0),
+        (None, {}, 1.0),
+        (None, {"loss_settings": {"site_weight": 3.0}}, 3.0),
+    ],
+)
+def test_calibration_weighs_sites_as_the_arguments_say_unless_a_keyword_says_otherwise(
+    given, keyword, weight, tmp_path
+):
+    model = build("clm", layers=1).begin_calibration(2)
+    trainer = FASCalibrationTrainer(model, arguments(tmp_path, site_weight=given), **keyword)
+    batch = trainer.data_collator(rows("clm"))
+    loss = trainer.compute_loss(model.train(), dict(batch))
+    settings = keyword.get("loss_settings", {}) | {"site_weight": weight}
+    assert loss.item() == pytest.approx(calibration_loss(model, batch, **settings).loss.item(), rel=1e-6)
+
+
+def test_stock_arguments_train_thresholds_too(tmp_path):
+    """`TrainingArguments` know neither setting."""
+    model = build("clm", layers=1).begin_calibration(2)
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, learning_rate=2e-4)
+    trainer = FASCalibrationTrainer(model, args)
+    assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {2e-4}
+    batch = trainer.data_collator(rows("clm"))
+    assert trainer.compute_loss(model.train(), dict(batch)) == calibration_loss(model, batch).loss
 
 
 def test_calibration_has_no_dropout_and_evaluates_the_task_loss(tmp_path):

@@ -81,11 +81,7 @@ class Run:
     @property
     def trainer(self) -> Any:
         """Trainer of the stage, but for the model, the data and what goes with them."""
-        settings: dict[str, Any] = {"args": self.training}
-        settings["threshold_learning_rate"] = self.training.threshold_learning_rate
-        if self.stage != "calibrate":
-            return partial(FASTrainer, **settings)
-        return partial(FASCalibrationTrainer, loss_settings={"site_weight": self.training.site_weight}, **settings)
+        return partial(FASCalibrationTrainer if self.stage == "calibrate" else FASTrainer, args=self.training)
 
 
 def text_length(run: Run, flag: str) -> int:

@@ -68,7 +68,7 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
     only when all else of it is written.
 
     Args:
-        threshold_learning_rate: Of that group; `args.learning_rate` by default.
+        threshold_learning_rate: Of that group; by default `args.threshold_learning_rate` or else `args.learning_rate`.
     """
 
     def __init__(
@@ -98,7 +98,8 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
         optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         if thresholds:
-            rate = self.args.learning_rate if self.threshold_learning_rate is None else self.threshold_learning_rate
+            rates = (self.threshold_learning_rate, getattr(self.args, "threshold_learning_rate", None))
+            rate = next((each for each in rates if each is not None), self.args.learning_rate)
             optimizer.add_param_group({"params": thresholds, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
@@ -124,7 +125,8 @@ class FASCalibrationTrainer(FASTrainer):
     `config.calib_T`, never the calibration loss.
 
     Args:
-        loss_settings: Further keyword arguments of [`training.calibrate.calibration_loss`].
+        loss_settings: Further keyword arguments of [`training.calibrate.calibration_loss`]; the `site_weight` is
+            `args.site_weight` where they have none.
     """
 
     loss_is_scaled_for_ga = True
@@ -154,7 +156,9 @@ class FASCalibrationTrainer(FASTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         counts = _counts(inputs) if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
-        result = calibration_loss(model, inputs, num_rows=counts[0], num_tokens=counts[1], **self.loss_settings)
+        weight = getattr(self.args, "site_weight", None)
+        settings = ({} if weight is None else {"site_weight": weight}) | self.loss_settings
+        result = calibration_loss(model, inputs, num_rows=counts[0], num_tokens=counts[1], **settings)
         return (result.loss, result) if return_outputs else result.loss
 
 
