@@ -309,7 +309,8 @@ class FASMixin(PreTrainedModel):
 
     def neurons(self) -> list[tuple[str, FASNeuron]]:
         """Names and modules of the neuron sites, in the order they run in."""
-        return [(name, module) for name, module in self.named_modules() if isinstance(module, FASNeuron)]
+        found = [(name, module) for name, module in self.named_modules() if isinstance(module, FASNeuron)]
+        return sorted(found, key=lambda each: not each[0].startswith(f"{self.base_model_prefix}."))
 
     def set_timesteps(self, T: int, schedule: str | None = None):
         """Run the model with T timesteps from now on (0: the quantised ANN); returns the model.

@@ -17,24 +17,15 @@ from outside import run_outside
 
 MODES = [(0, "stepwise"), (4, "stepwise"), (4, "layerwise")]
 TOLERANCE = 1e-9
+COMPARED = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification")
 
 
 def build_models():
-    import modeling_fas as fas
+    import backbones
 
-    neurons = {"vocab_size": 61, "initializer_range": 0.3, "initial_threshold": 1.5}
-    gpt2 = fas.FASGPT2Config(**neurons, n_layer=2, n_embd=32, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
-    bert = fas.FASBertConfig(
-        **neurons, num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64, num_labels=3
-    )
-    calibrated = fas.FASGPT2LMHeadModel(gpt2)
-    calibrated.begin_calibration(T=4)
-    return {
-        "AutoModelForCausalLM": fas.FASGPT2LMHeadModel(gpt2),
-        "AutoModelForCausalLM-calibrated": calibrated,
-        "AutoModelForMaskedLM": fas.FASBertForMaskedLM(bert),
-        "AutoModelForSequenceClassification": fas.FASBertForSequenceClassification(bert),
-    }
+    models = {f"{case[1]}-{case[0]}": backbones.model(*case) for case in backbones.HEADS if case[1] in COMPARED}
+    models["AutoModelForCausalLM-calibrated"] = backbones.model("gpt2", "AutoModelForCausalLM").begin_calibration(T=4)
+    return models
 
 
 def all_logits(model):

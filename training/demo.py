@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from modeling_fas import FASBertForSequenceClassification
+import modeling_fas  # noqa: F401 (registers the Auto classes)
 
 from . import convert
 from .results import flat, markdown_table, read_results
@@ -128,7 +128,7 @@ def _reviews() -> str:
 
 def reload(folder: Path) -> float:
     """Run a checkpoint here, and in a new process that knows only the folder; returns the largest difference."""
-    model = FASBertForSequenceClassification.from_pretrained(folder).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     batch = AutoTokenizer.from_pretrained(folder)(PROBE, padding=True, return_tensors="pt")
     with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
         expected = Path(scratch) / "logits.safetensors"

@@ -1,5 +1,6 @@
 """Trainers for spiking models: thresholds train on their own terms, and every batch split gives the same gradients."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertPreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .calibrate.loss import calibration_loss, freeze_for_calibration
@@ -16,6 +17,8 @@ from .publish.upload import PublishMixin
 
 
 THRESHOLD_NAMES = ("threshold", "initial_potential")
+# Stock heads whose loss is a mean over the labels of one micro-batch.
+AVERAGING = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification|MultipleChoice)$")
 
 
 def is_threshold(name: str) -> bool:
@@ -24,7 +27,7 @@ def is_threshold(name: str) -> bool:
 
 
 def batch_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Loss of a BERT head as a share of the whole accumulated batch: summed here, divided by all of its labels.
+    """Loss of a head as a share of the whole accumulated batch: summed here, divided by all of its labels.
 
     The loss of the stock heads is a mean over one micro-batch; the mean of such means is another number where
     micro-batches hold different numbers of masked tokens.
@@ -63,8 +66,8 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
     """[`Trainer`] for QCFS fine-tuning; a stock model trains with it as with `Trainer`.
 
     Thresholds and initial potentials have their own parameter group (own learning rate, no weight decay) and are kept
-    positive after every step. Accumulated gradients are those of the large batch, also for BERT, whose stock heads
-    average over each micro-batch. A model is saved whole or not at all, and a checkpoint has its `trainer_state.json`
+    positive after every step. Accumulated gradients are those of the large batch, also where stock heads average over
+    each micro-batch. A model is saved whole or not at all, and a checkpoint has its `trainer_state.json`
     only when all else of it is written.
 
     Args:
@@ -80,7 +83,7 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
         compute_loss_func: Callable | None = None,
         **kwargs,
     ):
-        if compute_loss_func is None and isinstance(model, BertPreTrainedModel):
+        if compute_loss_func is None and AVERAGING.search(type(model).__name__):
             compute_loss_func = batch_loss
         super().__init__(model, args, compute_loss_func=compute_loss_func, **kwargs)
         self.threshold_learning_rate = threshold_learning_rate

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+import transformers
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
+import modeling_fas
 from configuration_fas import SCHEDULES, FASConfig
-from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
 
 from ..arguments import check_writable
 from ..results import fingerprint, plain, read_results, write_results
@@ -29,10 +30,7 @@ from .report import write_report
 logger = logging.get_logger(__name__)
 
 RESULTS_FILE = "results.json"
-MODELS = {
-    "FASGPT2LMHeadModel": (FASGPT2LMHeadModel, AutoModelForCausalLM),
-    "FASBertForSequenceClassification": (FASBertForSequenceClassification, AutoModelForSequenceClassification),
-}
+MEASURED = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -79,9 +77,11 @@ def load_models(args: argparse.Namespace) -> tuple[Any, Any]:
             f"`checkpoint` must be a FAS checkpoint, got {args.checkpoint!r} of type {kind!r}. Fine-tune it with QCFS "
             "first (`python -m training.convert`); a model that does not spike is given as --stock."
         )
-    if architecture not in MODELS:
-        raise ValueError(f"`checkpoint` must be one of {', '.join(MODELS)}, got {architecture!r}.")
-    fas_class, stock_class = MODELS[architecture]
+    models = FASConfig(**config).table.models
+    found = {models[auto]: auto for auto in MEASURED if auto in models}
+    if architecture not in found:
+        raise ValueError(f"`checkpoint` must be one of {', '.join(found)}, got {architecture!r}.")
+    fas_class, stock_class = getattr(modeling_fas, architecture), getattr(transformers, found[architecture])
     model = _load(fas_class, args.checkpoint, "checkpoint")
     stock = _load(stock_class, args.stock, "--stock") if args.stock else None
     if stock is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..arguments import DataArguments
 from ..data import first, load_raw, require_split, text_column
+from ..layout import predicts_next
 from ..tasks import check_task_name, encode, find_task
 from .rows import PERPLEXITY
 
@@ -34,7 +35,7 @@ def load_examples(args: Namespace, model: Any, tokenizer: Any) -> Examples:
         raise ValueError(f"`--limit` must be at least 1, got {args.limit}.")
     source = {name: getattr(data, name) for name in names} | {"limit": args.limit}
     limit = model.config.max_position_embeddings
-    if hasattr(model, "lm_head"):
+    if predicts_next(model):
         window = args.window or min(limit, 1024)
         stride = args.stride or window
         if not 2 <= window <= limit or not 1 <= stride <= window:

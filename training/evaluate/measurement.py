@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from configuration_fas import SCHEDULES
 
+from ..layout import auto_class, predicts_next
 from ..metrics import METRICS
 from .energy import AC_PJ, MAC_PJ, energy_report
 from .monitors import SiteErrors, SpikeMonitor
@@ -251,8 +252,8 @@ def _energy(model: Any, row: dict[str, Any], qcfs: Any, **settings: Any) -> dict
 def _check(model: Any, examples: Any, metric: str, timesteps: Any, schedules: Any, batch_size: int) -> None:
     if not hasattr(model, "neurons"):
         raise ValueError(f"`model` must be a FAS model, got {type(model).__name__}. Pass a stock model as `stock`.")
-    causal = hasattr(model, "lm_head")
-    if not causal and not hasattr(model, "classifier"):
+    causal = predicts_next(model)
+    if not causal and auto_class(model) != "AutoModelForSequenceClassification":
         raise ValueError(f"`model` must have a language modelling or classification head, got {type(model).__name__}.")
     if metric not in ([PERPLEXITY] if causal else METRICS):
         known = PERPLEXITY if causal else ", ".join(METRICS)

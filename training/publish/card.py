@@ -10,6 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from configuration_fas import BACKBONES, Backbone
+
 from ..results import MODES, flat, markdown_table, read_results
 from .clean_load import auto_class_name
 from .verification import REPORT, VerificationError
@@ -42,6 +44,13 @@ RECORDED = {
     "seed": "seed",
 }
 SETTINGS = ("L", "T", "schedule", "calib_T", "granularity", "initial_threshold", "fas_version", "transformers_version")
+
+
+# Sites outside of blocks, by their group: what a card calls them, and the Auto classes whose models have them.
+OUTER_SITES = {
+    "pooler": ("the pooler", ("AutoModel", "AutoModelForSequenceClassification", "AutoModelForMultipleChoice")),
+    "transform": ("the masked-LM head's transform", ("AutoModelForMaskedLM",)),
+}
 
 
 @dataclass
@@ -160,25 +169,26 @@ def build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: str
     measured = next((record for record in sources.records if record.rows), None)
     rows = measured.rows if measured else []
     auto_class = auto_class_name(config)
-    backbone = "GPT-2" if config["model_type"] == "fas_gpt2" else "BERT"
+    table = BACKBONES[config["model_type"].removeprefix("fas_")]
     data = card_data(repo_id, config, rows, history, options)
     position = config.get("granularity") == "position" and config.get("calib_T")
-    limit = config["calib_length"] if position else config.get("n_positions") or config["max_position_embeddings"]
+    limit = config.get("n_positions") or config["max_position_embeddings"] + (table.positions or 0)
+    limit = config["calib_length"] if position else limit
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=repo_id.rpartition("/")[2],
         repo_id=repo_id,
-        backbone=backbone,
+        backbone=table.title,
         task=PIPELINES[auto_class].replace("-", " "),
         base=data.base_model,
         auto_class=auto_class,
         revision=pinned or "main",
         pinned=pinned,
         mode=f', T={config["T"]}, schedule="{config["schedule"]}"' if config["T"] else ", T=4",
-        sites=_sites(config),
-        spikes=_what_spikes(backbone, auto_class),
-        head={"GPT-2": "the language modelling head", "BERT": "the output layer"}[backbone],
+        sites=_sites(config, table, auto_class),
+        spikes=_what_spikes(table, auto_class),
+        head="the language modelling head" if auto_class == "AutoModelForCausalLM" else "the output layer",
         quality=_quality_table(rows),
         source=measured.file if measured else "",
         cost=_cost_table(rows),
@@ -186,7 +196,7 @@ def build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: str
         calibration=_calibration(config, sources.calibration),
         record=_record_tables(history),
         settings=_settings(config),
-        limit=f"Inputs of at most {limit} tokens{', generated ones included' if backbone == 'GPT-2' else ''}.",
+        limit=f"Inputs of at most {limit} tokens{', generated ones included' if table.causal else ''}.",
     )
 
 
@@ -388,14 +398,20 @@ def _settings(config: Mapping[str, Any]) -> str:
     return f"Configuration: {', '.join(settings)}."
 
 
-def _sites(config: Mapping[str, Any]) -> int:
-    if config["model_type"] == "fas_gpt2":
-        return config["n_layer"]
-    return config["num_hidden_layers"] + 1  # the pooler, or the head's transform
+def _outer_sites(table: Backbone, auto_class: str) -> list[str]:
+    """What the sites of a model outside of its blocks are called."""
+    return [OUTER_SITES[site.group][0] for site in table.outer_sites if auto_class in OUTER_SITES[site.group][1]]
 
 
-def _what_spikes(backbone: str, auto_class: str) -> str:
-    if backbone == "GPT-2":
-        return "the activation in the MLP of every block"
-    last = "the masked-LM head's transform" if auto_class == "AutoModelForMaskedLM" else "the pooler"
-    return f"the activation in the MLP of every layer and that of {last}"
+def _sites(config: Mapping[str, Any], table: Backbone, auto_class: str) -> int:
+    blocks = next(config[name] for name in ("num_hidden_layers", "n_layer", "n_layers") if name in config)
+    return blocks * len(table.sites) + len(_outer_sites(table, auto_class))
+
+
+def _what_spikes(table: Backbone, auto_class: str) -> str:
+    """What the neurons stand in for."""
+    site = table.sites[0]
+    inner = "the activation in the MLP of every block"
+    if site.at == "input":
+        inner = f"the input of `{site.path}` in every block{', with spikes of both signs' if site.signed else ''}"
+    return " and ".join([inner, *(f"that of {name}" for name in _outer_sites(table, auto_class))])

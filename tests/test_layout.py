@@ -1,0 +1,111 @@
+"""What reads the table, on every backbone: products, energy, monitors, calibration, folding."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import backbones
+from backbones import CASES, HEADS
+from training import layout
+from training.calibrate import calibration_loss, coarse_search, fold_thresholds
+from training.evaluate import SpikeMonitor, count_operations
+
+
+ONE_OUTPUT = [case for case in HEADS if case[1] != "AutoModelForQuestionAnswering"]
+
+
+def ids(cases):
+    return ["-".join([backbone, auto_class.removeprefix("AutoModel") or "Model"]) for backbone, auto_class in cases]
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_products_are_all_linear_layers_of_the_model(case):
+    model = backbones.model(*case)
+    listed = [id(weight) for product in layout.products(model) for weight in product.weights]
+    assert len(listed) == len({*listed})
+    assert {*listed} == {id(module) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_sites_are_all_neurons_of_the_model(case):
+    model = backbones.model(*case)
+    assert [site.name for site in layout.sites(model)] == [name for name, _ in model.neurons()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_energy_counts_every_weight_once_a_token(case):
+    """With one token and one key, dense MACs are the weights and two products of attention a block."""
+    model = backbones.model(*case)
+    counted = sum(each.dense for each in count_operations(model, 1))
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    heads = model.config.num_attention_heads * getattr(model.config, "head_dim", None) if case[0] == "qwen3" else 32
+    assert counted == weights + 3 * 2 * heads
+    # Stepwise: the attention and the first products of block 0 run once, and so does what follows the average.
+    stepwise = count_operations(model, 1, execution="stepwise", T=4, spike_rates=0.5)
+    once = [each for each in stepwise if each.layer == 0 and each.part not in ("mlp out", "neurons")]
+    assert once and all(each.effective_acs == 0 for each in once)
+    plain = {(each.part, each.layer): each.dense for each in count_operations(model, 1)}
+    assert all(each.dense == plain[each.part, each.layer] for each in once)
+    assert all(each.dense == 4 * plain[each.part, each.layer] for each in stepwise if each.layer == 1 and each.dense)
+    assert all(each.effective_macs == 0 for each in stepwise if each.part == "mlp out")
+
+
+@pytest.mark.parametrize("schedule", ["stepwise", "layerwise"])
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_monitored_spikes_are_those_that_hooks_count(case, schedule):
+    model, inputs = backbones.model(*case, T=4, schedule=schedule), backbones.batch(*case)
+    mask = inputs["attention_mask"].flatten(0, -2).bool()
+    counts = {}
+
+    def count(name, pooled):
+        def hook(neuron, _inputs, output):
+            spikes = (output.detach() / neuron.threshold).abs() * (1 if neuron.stepwise else 4)
+            spikes = spikes.view(-1, *(spikes.shape[-1:] if pooled else (*mask.shape, spikes.shape[-1])))
+            counts[name] = spikes.sum() if pooled else spikes[:, mask].sum()
+
+        return hook
+
+    pooled = layout.pooled(model)
+    for name, neuron in model.neurons():
+        neuron.register_forward_hook(count(name, name in pooled))
+    with torch.no_grad(), SpikeMonitor(model) as monitor:
+        model(**inputs)
+    for name, site in monitor.sites.items():
+        assert site.spikes.sum().item() == pytest.approx(round(counts[name].item()), abs=0.5)
+        assert site.spikes.sum() > 0
+
+
+@pytest.mark.parametrize("case", ONE_OUTPUT, ids=ids(ONE_OUTPUT))
+def test_the_search_brings_every_model_nearer_to_its_ann(case):
+    model, inputs = backbones.model(*case, L=8), backbones.batch(*case)
+    model.begin_calibration(3)
+    with torch.no_grad():
+        before = calibration_loss(model, inputs)
+        coarse_search(model, inputs, progress=False, scales=(0.5, 0.75, 1.0), potentials=(0.35, 0.5))
+        after = calibration_loss(model, inputs)
+    assert after.loss < before.loss
+    loss = calibration_loss(model, inputs).loss
+    loss.backward()
+    moved = [name for name, each in model.named_parameters() if name.endswith("fine_threshold") and each.grad.any()]
+    assert len(moved) == len(model.neurons())
+
+
+@pytest.mark.parametrize("T, schedule", [(0, "stepwise"), (4, "stepwise"), (4, "layerwise")])
+@pytest.mark.parametrize("case", HEADS, ids=ids(HEADS))
+def test_folding_changes_nothing_but_what_travels(case, T, schedule):
+    model, inputs = backbones.model(*case).double(), backbones.batch(*case)
+    with torch.no_grad():
+        for _, neuron in model.neurons():
+            neuron.threshold.uniform_(0.5, 1.5)
+    model.set_timesteps(T, schedule)
+    before = backbones.first_output(model(**inputs))
+    fold_thresholds(model)
+    emitted = []
+    for placed in layout.sites(model):
+        if placed.target is not None:
+            placed.neuron.register_forward_hook(lambda _n, _i, output: emitted.append(output))
+    torch.testing.assert_close(backbones.first_output(model(**inputs)), before, atol=1e-5, rtol=1e-5)
+    if T and schedule == "stepwise":
+        assert all(each.unique().tolist() in ([0, 1], [-1, 0, 1]) for each in map(torch.round, emitted))
+        assert all(torch.allclose(each, each.round()) for each in emitted)
