@@ -8,8 +8,7 @@ Source of the method: Chen et al. 2025 (arXiv 2502.04405).
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,253 +18,17 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 
-__all__ = ["FASMixin", "__version__", "carry_time", "find", "place_sites", "trunk"]  # and all models of the table
-
 try:
-    from .configuration_fas import BACKBONES, CONFIGURATIONS, Backbone, Site, __version__  # type: ignore[import-not-found]
-    from .neurons_fas import MIN_THRESHOLD, FASNeuron, call  # type: ignore[import-not-found]
+    from .configuration_fas import BACKBONES, CONFIGURATIONS, __version__  # type: ignore[import-not-found]
+    from .neurons_fas import MIN_THRESHOLD  # type: ignore[import-not-found]
+    from .sites_fas import FASNeuron, Time, carry_time, forget_positions, place_sites, sync  # type: ignore[import-not-found]
 except ImportError:
-    from configuration_fas import BACKBONES, CONFIGURATIONS, Backbone, Site, __version__
-    from neurons_fas import MIN_THRESHOLD, FASNeuron, call
+    from configuration_fas import BACKBONES, CONFIGURATIONS, __version__
+    from neurons_fas import MIN_THRESHOLD
+    from sites_fas import FASNeuron, Time, carry_time, forget_positions, place_sites, sync
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sites
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def place_sites(model: PreTrainedModel, table: Backbone) -> None:
-    """Put a neuron at every site of the table that the model has, and let its parts initialise neurons."""
-    for block in trunk(model).get_submodule(table.blocks):
-        for site in table.sites:
-            _place(model, block, site)
-    for site in table.outer_sites:
-        for parent in (model, model.base_model):
-            if find(parent, site.path) is not None:
-                _place(model, parent, site)
-                break
-    for module in model.modules():
-        # transformers asks every pretrained part of a model to initialise what is below it.
-        if isinstance(module, PreTrainedModel) and not isinstance(module, FASMixin):
-            vars(module)["_init_weights"] = functools.partial(_init_weights, module._init_weights)
-
-
-def _place(model: PreTrainedModel, parent: nn.Module, site: Site) -> None:
-    width = getattr(model.config, site.width)
-    neuron = FASNeuron(model.config, width, site.per_position, site.signed, folds=site.target is not None)
-    if site.at == "input":
-        layer = parent.get_submodule(site.path)
-        layer.add_module("site", neuron)
-        layer.register_forward_pre_hook(_emit)
-        return
-    path, _, leaf = site.path.rpartition(".")
-    owner = parent.get_submodule(path)
-    owner.__dict__.pop(leaf, None)  # a plain function
-    owner.register_module(leaf, neuron)
-
-
-def _emit(layer: Any, args: tuple) -> tuple:
-    return (layer.site(args[0]), *args[1:])
-
-
-def _init_weights(stock: Callable, module: nn.Module) -> None:
-    stock(module)
-    if isinstance(module, FASNeuron):
-        module.reset_parameters()
-
-
-def find(parent: Any, path: str) -> Any:
-    """The module or function at a path, or None."""
-    for name in path.split("."):
-        parent = getattr(parent, name, None)
-    return parent
-
-
-def trunk(model: PreTrainedModel) -> Any:
-    """The module, under every head, that a batch runs through."""
-    return model.base_model.get_submodule(BACKBONES[model.config.backbone].trunk)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Time
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Time:
-    """The hooks of one model: a batch enters the first block T times, and leaves the trunk as its time average.
-
-    Attributes:
-        every_step: The batch comes as T·B rows, and leaves as many: averages of the first 1, 2 … T timesteps.
-    """
-
-    def __init__(self, config):
-        self.config = config
-        self.every_step = False
-
-    @property
-    def steps(self) -> int:
-        """Timesteps that a batch holds as rows."""
-        return self.config.T if self.config.schedule == "stepwise" and self.config.T else 1
-
-    def enter_trunk(self, trunk: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Set the neurons, and check what no stock model checks."""
-        sync(trunk)
-        inputs = _inputs(args, kwargs)
-        if inputs is None:
-            return  # the stock model says what is missing
-        if 0 in inputs.shape[:2]:
-            raise ValueError(f"`input_ids` must hold at least one token, got shape {tuple(inputs.shape[:2])}.")
-        if self.steps > 1 and kwargs.get("cu_seq_lens_q") is not None:
-            raise ValueError(
-                "`cu_seq_lens_q` must not be given in stepwise mode, whose batch has T times the rows it speaks of. "
-                "Give `position_ids` alone, or use the layerwise schedule."
-            )
-        cache = kwargs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
-        self._check_positions(kwargs.get("position_ids"), past, inputs.shape[1])
-
-    def _check_positions(self, position_ids: torch.Tensor | None, past: Any, length: int) -> None:
-        config = self.config
-        limit = None if config.table.positions is None else config.max_position_embeddings + config.table.positions
-        reached, name = past + length, "input_ids"
-        if position_ids is not None and limit is not None:
-            # Looking at values would break a compiled graph, and wait for an accelerator.
-            cheap = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-            reached, name = int(position_ids.max()) + 1 if cheap else 0, "position_ids"
-            limit = config.max_position_embeddings
-        if limit is not None and isinstance(reached, int) and reached > limit:
-            raise ValueError(
-                f"`{name}` must not be longer than the {limit} positions of the model, got {reached} (cached tokens "
-                "included). Truncate the input, or generate fewer tokens."
-            )
-        if config.granularity == "position":
-            call.positions = slice(past, past + length) if position_ids is None else position_ids
-
-    def enter_first_block(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Repeat a batch for every timestep."""
-        repeats = 1 if self.every_step else self.steps
-        return self._with_rows(repeats * len(_hidden_states(args, kwargs)), args, kwargs)
-
-    def enter_block(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Repeat what a block gets for B rows: masks and positions."""
-        return self._with_rows(len(_hidden_states(args, kwargs)), args, kwargs)
-
-    def _with_rows(self, rows: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self.config.granularity == "position" and kwargs.get("position_ids") is not None:
-            call.positions = kwargs["position_ids"]  # again, for a block that gradient checkpointing runs by itself
-        steps = self.steps
-        if steps == 1:
-            return None
-
-        def repeat(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.dim() < 2 or steps * len(tensor) != rows:
-                return tensor
-            return tensor.repeat(steps, *[1] * (tensor.dim() - 1))
-
-        return _map(repeat, args), _map(repeat, kwargs)
-
-    def enter_same(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Keep the rows of one timestep, where all are the same: before the first site."""
-        steps = self.steps
-        if steps == 1:
-            return None
-        rows = len(_hidden_states(args, kwargs))
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor[: rows // steps] if tensor.dim() > 1 and len(tensor) == rows else tensor
-
-        return _map(keep, args), _map(keep, kwargs)
-
-    def leave_same(self, module: Any, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
-        """Give every timestep what the one had."""
-        if self.steps == 1:
-            return None
-        return _map(lambda tensor: tensor.repeat(self.steps, *[1] * (tensor.dim() - 1)), outputs)
-
-    def leave_trunk(self, but: str, trunk: Any, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
-        """Average over time all that has T·B rows, the output named `but` excepted."""
-        if self.steps == 1:
-            return None
-        inputs: Any = _inputs(args, kwargs)
-        rows = len(inputs) * (1 if self.every_step else self.steps)
-
-        def average(tensor: torch.Tensor) -> torch.Tensor:
-            return self.average(tensor) if len(tensor) == rows else tensor
-
-        if isinstance(outputs, tuple):
-            return (outputs[0] if but else average(outputs[0]), *_map(average, outputs[1:]))
-        for name, value in list(outputs.items()):
-            if name != but:
-                outputs[name] = _map(average, value)
-        return outputs
-
-    def average(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(T·B, …)` to `(B, …)`, or to as many averages of the first t timesteps."""
-        steps = hidden_states.unflatten(0, (self.steps, -1))
-        if not self.every_step:
-            return steps.mean(0)
-        count = torch.arange(1, len(steps) + 1, device=steps.device, dtype=steps.dtype)
-        return (steps.cumsum(0) / count.view(-1, *[1] * (steps.dim() - 1))).flatten(0, 1)
-
-    def leave_head(self, module: Any, args: tuple, output: torch.Tensor) -> Any:
-        """Average over time where a head has a site of its own."""
-        return None if self.steps == 1 else self.average(output)
-
-
-def carry_time(model: PreTrainedModel, table: Backbone, time: Time) -> None:
-    """Hook the trunk, its blocks, what is the same at all timesteps, and where time ends."""
-    whole = trunk(model)
-    whole._synced = None
-    whole.register_forward_pre_hook(time.enter_trunk, with_kwargs=True)
-    last = find(model, table.time_ends) if table.time_ends else None
-    but = "last_hidden_state" if last is not None else ""
-    whole.register_forward_hook(functools.partial(time.leave_trunk, but), with_kwargs=True)
-    if last is not None:
-        last.register_forward_hook(time.leave_head)
-    first, *others = whole.get_submodule(table.blocks)
-    first.register_forward_pre_hook(time.enter_first_block, with_kwargs=True)
-    for block in others:
-        block.register_forward_pre_hook(time.enter_block, with_kwargs=True)
-    for path in table.first_products:
-        first.get_submodule(path).register_forward_pre_hook(time.enter_same, with_kwargs=True)
-        first.get_submodule(path).register_forward_hook(time.leave_same, with_kwargs=True)
-
-
-def _inputs(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """What a trunk is called on: ids, or embeddings."""
-    ids = args[0] if args and args[0] is not None else kwargs.get("input_ids")
-    return kwargs.get("inputs_embeds") if ids is None else ids
-
-
-def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-    """What a stock module is called on: its first tensor."""
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-
-
-def _map(function: Callable, value: Any) -> Any:
-    """The value with `function` applied to all tensors in its tuples and mappings."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, tuple) and type(value) is tuple:
-        return tuple(_map(function, each) for each in value)
-    if type(value) is dict:
-        return {name: _map(function, each) for name, each in value.items()}
-    return value
-
-
-def _forget_positions(*_: Any) -> None:
-    call.positions = None
-
-
-def sync(module: Any, *_: Any) -> None:
-    """Make every neuron in a module, copies made by adapters included, run as its configuration says."""
-    settings = (module.config.L, module.config.T, module.config.schedule)
-    if module._synced != settings:
-        for each in module.modules():
-            if isinstance(each, FASNeuron):
-                each.L, each.T, each.schedule = settings
-            elif "_synced" in vars(each):
-                each._synced = settings  # the trunk too, so that a compiled call has nothing left to change
+__all__ = ["FASMixin", "__version__"]  # and all models of the table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,7 +61,7 @@ class FASMixin(PreTrainedModel):
         place_sites(self, table)
         carry_time(self, table, self._time)
         self.register_forward_pre_hook(sync)
-        self.register_forward_hook(_forget_positions)
+        self.register_forward_hook(forget_positions)
         if isinstance(self, GenerationMixin):
             self.loss_type = "ForCausalLM"
 
@@ -431,7 +194,9 @@ class FASMixin(PreTrainedModel):
         return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
-        _init_weights(super()._init_weights, module)
+        super()._init_weights(module)
+        if isinstance(module, FASNeuron):
+            module.reset_parameters()
 
     def _reorder_cache(self, past_key_values, beam_idx):
         """Reorder the rows of a cache by beam; after the first attention they come T times, time-major."""

@@ -7,15 +7,13 @@ batch, `S` sequence, `D` neurons. Source of the method: Chen et al. 2025 (arXiv 
 from __future__ import annotations
 
 import functools
-import threading
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.utils import logging
 
 
-__all__ = ["MIN_THRESHOLD", "FASNeuron", "integrate_and_fire", "qcfs", "spike_rate"]
+__all__ = ["MIN_THRESHOLD", "integrate_and_fire", "qcfs", "spike_rate"]
 
 logger = logging.get_logger(__name__)
 tl: Any = None  # triton.language, from the first use of a kernel on
@@ -24,15 +22,6 @@ tl: Any = None  # triton.language, from the first use of a kernel on
 MIN_THRESHOLD = 1e-4
 # Neurons whose state a CPU core keeps in its cache while it runs their timesteps.
 BLOCK_SIZE = 1 << 17
-
-
-class _Call(threading.local):
-    """Of the call that runs in this thread: the positions of its tokens, `(B, S)` or a slice; None: the first ones."""
-
-    positions: Any = None
-
-
-call = _Call()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +314,7 @@ def _differentiate_by_kernel(x, theta, start, grad, signed) -> tuple[torch.Tenso
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Functions and module
+# Functions
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -403,97 +392,3 @@ def integrate_and_fire(
     if len(x) not in (1, T):
         raise ValueError(f"`x` must hold 1 or `T` = {T} timesteps in its first dimension, got shape {tuple(x.shape)}.")
     return _IntegrateAndFire.apply(x, threshold, initial_potential, T, signed)
-
-
-class FASNeuron(nn.Module):
-    """A neuron site: QCFS at T = 0, integrate-and-fire at T > 0.
-
-    Holds `threshold` of shape `(1,)`; once calibrated `fine_threshold` and `initial_potential` (a fraction of the
-    threshold), of shape `(1,)`, `(D,)` or `(S, D)` by granularity, which take its place at T > 0. No state survives a
-    call. The model keeps `L`, `T` and `schedule` as its configuration says.
-
-    Args:
-        config ([`FASConfig`])
-        width (`int`): neurons of the site, D.
-        per_position (`bool`, defaults to `True`): whether the input has a sequence dimension (a pooler's has none).
-        signed (`bool`, defaults to `False`): whether the neurons spike both ways.
-        folds (`bool`, defaults to `True`): whether a linear layer follows, which the threshold can fold into.
-    """
-
-    def __init__(self, config, width: int, per_position: bool = True, signed: bool = False, folds: bool = True):
-        super().__init__()
-        self.width, self.per_position, self.signed = width, per_position, signed
-        self.initial_threshold = config.initial_threshold
-        self.L, self.T, self.schedule = config.L, config.T, config.schedule
-        self.folded = config.folded and folds  # what follows holds the threshold: emit spikes, not threshold · spikes
-        self.threshold = nn.Parameter(torch.full((1,), config.initial_threshold))
-        self.register_parameter("fine_threshold", None)
-        self.register_parameter("initial_potential", None)
-        if config.calib_T is not None:
-            self.refine(config.granularity, config.calib_length)
-
-    @property
-    def stepwise(self) -> bool:
-        """Whether the site emits spike trains, `(T·B, …)`, rather than one value per input."""
-        return self.T > 0 and self.schedule == "stepwise"
-
-    def refine(self, granularity: str, length: int | None = None) -> None:
-        """Give the site fine thresholds, equal to its threshold, and initial potentials of 1/2."""
-        by_position = granularity == "position" and self.per_position
-        shape = [length or 1] * by_position + [1 if granularity == "layer" else self.width]
-        self.fine_threshold = nn.Parameter(self.threshold.detach().expand(shape).clone())
-        self.initial_potential = nn.Parameter(torch.full_like(self.fine_threshold, 0.5))
-
-    def reset_parameters(self) -> None:
-        """Set every parameter that no checkpoint provides to its initial value."""
-        nn.init.constant_(self.threshold, self.initial_threshold)
-        if self.fine_threshold is not None:
-            nn.init.constant_(self.fine_threshold, self.initial_threshold)
-            nn.init.constant_(self.initial_potential, 0.5)
-
-    def thresholds(self, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Threshold and initial potential (`None`: 1/2), `(1,)`, `(D,)`, `(S, D)` or `(B, S, D)`, for S columns."""
-        if self.fine_threshold is None or self.T == 0:
-            return self.threshold, None
-        if self.fine_threshold.dim() < 2:
-            return self.fine_threshold, self.initial_potential
-        rows = slice(0, length) if call.positions is None else call.positions
-        reached = rows.stop if isinstance(rows, slice) else int(rows.max()) + 1
-        if reached > len(self.fine_threshold):
-            raise ValueError(
-                f"`input_ids` must not reach beyond the {len(self.fine_threshold)} positions that the fine thresholds "
-                f"were calibrated for, got {reached}. Shorten the input, or calibrate with granularity 'neuron', "
-                "which has no such limit."
-            )
-        return self.fine_threshold[rows], self.initial_potential[rows]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(B, S, D)` or `(B, D)`, `(T·B, …)` in stepwise mode): the input
-                currents.
-
-        Returns:
-            `torch.Tensor`: threshold times spikes, `(T·B, …)`, time-major, in stepwise mode; their time average,
-            `(B, …)`, in layerwise mode; the QCFS activation, `(B, …)`, at T = 0. All divided by the (fine) threshold
-            where that is folded into the weights that follow.
-        """
-        emitted = self._emit(hidden_states)
-        if not self.folded:
-            return emitted
-        threshold = self.threshold if self.fine_threshold is None else self.fine_threshold
-        return (emitted / threshold.clamp(min=MIN_THRESHOLD)).to(emitted.dtype)
-
-    def _emit(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        threshold, potential = self.thresholds(hidden_states.shape[-2])
-        if not self.stepwise:
-            return spike_rate(hidden_states, threshold, potential, self.T or self.L, self.signed)
-        if potential is None:
-            potential = torch.full_like(threshold, 0.5)
-        steps = hidden_states.unflatten(0, (self.T, -1))
-        return integrate_and_fire(steps, threshold, potential, self.T, self.signed).flatten(0, 1)
-
-    def extra_repr(self) -> str:
-        fine = "" if self.fine_threshold is None else f", fine={tuple(self.fine_threshold.shape)}"
-        signed = ", signed" if self.signed else ""
-        return f"{self.width}, L={self.L}, T={self.T}, schedule={self.schedule}{signed}{fine}"

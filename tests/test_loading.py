@@ -78,6 +78,7 @@ def test_auto_classes_load_what_was_saved(kind, granularity, tmp_path):
         "configuration_fas.py",
         "modeling_fas.py",
         "neurons_fas.py",
+        "sites_fas.py",
         "model.safetensors",
     }
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]

@@ -5,7 +5,8 @@ import torch
 
 import naive
 import tiny
-from neurons_fas import FASNeuron, integrate_and_fire, qcfs, spike_rate
+from neurons_fas import integrate_and_fire, qcfs, spike_rate
+from sites_fas import FASNeuron
 
 
 THRESHOLDS = [0.1, 0.5, 1.0, 1.3, 2.7]

@@ -22,6 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HUB_FILES = {
     "configuration_fas.py": {"transformers"},
     "neurons_fas.py": {"transformers", "torch", "triton"},
+    "sites_fas.py": {"transformers", "torch"},
     "modeling_fas.py": {"transformers", "torch"},
 }
 PRODUCT = sorted(ROOT / name for name in HUB_FILES) + sorted((ROOT / "training").rglob("*.py"))

@@ -84,6 +84,7 @@ def test_stages_what_a_checkpoint_needs_and_nothing_else(folder):
         "model.safetensors",
         "modeling_fas.py",
         "neurons_fas.py",
+        "sites_fas.py",
         "tokenizer.json",
         "tokenizer_config.json",
     ]

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from configuration_fas import Product, Site
-from modeling_fas import FASMixin, find, trunk
+from modeling_fas import FASMixin
+from sites_fas import find, trunk
 
 
 @dataclass(frozen=True)

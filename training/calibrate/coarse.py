@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from neurons_fas import MIN_THRESHOLD, FASNeuron, integrate_and_fire, spike_rate
+from neurons_fas import MIN_THRESHOLD, integrate_and_fire, spike_rate
+from sites_fas import FASNeuron
 
 from ..layout import pooled, predicts_next
 from .loss import check_calibratable, describe_sites, output_error, real_tokens, recorded

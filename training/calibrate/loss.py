@@ -18,7 +18,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn import functional as F
 
-from neurons_fas import call
+from sites_fas import call
 
 from ..layout import auto_class, pooled, predicts_next
 from ..results import write_json

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeling_fas import trunk
 from neurons_fas import MIN_THRESHOLD
+from sites_fas import trunk
 
 from ..layout import core_of, pooled
 

@@ -68,7 +68,7 @@ def main(folder: str, output: str) -> None:
     config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     auto_class = getattr(transformers, auto_class_name(config))
     model = auto_class.from_pretrained(folder, trust_remote_code=True)
-    local = {"configuration_fas", "modeling_fas", "neurons_fas", "training"} & sys.modules.keys()
+    local = {"configuration_fas", "modeling_fas", "neurons_fas", "sites_fas", "training"} & sys.modules.keys()
     if local:
         raise RuntimeError(f"the folder needs modules that are not in it: {', '.join(sorted(local))}")
     save_file(probe_logits(model), output, metadata={"token_ids": json.dumps(token_ids(folder))})

@@ -19,7 +19,7 @@ from . import clean_load
 
 
 CODE_FILES = ("configuration_fas.py", "modeling_fas.py")
-LATER_CODE_FILES = ("neurons_fas.py",)  # since 0.2.0
+LATER_CODE_FILES = ("neurons_fas.py", "sites_fas.py")  # since 0.2.0
 # Where a report of `training.evaluate` belongs, inside the checkpoint folder.
 REPORT = "report/results.json"
 SIBLINGS = {name.removesuffix(".py") for name in (*CODE_FILES, *LATER_CODE_FILES)}
