@@ -36,26 +36,36 @@ class Site:
 
     Attributes:
         path: Of the activation, or of the linear layer; in a block, or (outside of blocks) in the model or its trunk.
-        width: Neurons, as the name of a setting of the configuration.
-        at: `"activation"` or `"input"`.
+            Of the attention, for `query` and `value`.
+        width: Neurons, as the name of a setting of the configuration; for what is no activation, the layer says it.
+        at: `"activation"`, `"input"`, `"query"` (what meets the keys) or `"value"` (before the cache).
         feeds: Path of the linear layer that takes what the site emits, hence what a threshold folds into. `None`
             where a norm follows. A site at an input feeds its own layer.
+        shared: Paths of the linear layers that have the same input, its own among them.
+        through: Path of the module that hands this input to all of them; its own layer if `None`.
         signed: Whether the neurons spike both ways.
         group: What the site is called in figures by kind of site.
         per_position: Whether its input has a sequence dimension.
+        after_time: Whether time has ended before it, so that it encodes one value in every schedule.
     """
 
     path: str
-    width: str
+    width: str = ""
     at: str = "activation"
     feeds: str | None = None
+    shared: tuple[str, ...] = ()
+    through: str | None = None
     signed: bool = False
-    group: str = "mlp"
+    group: str = "mlp out"
     per_position: bool = True
+    after_time: bool = False
 
     @property
-    def target(self) -> str | None:
-        return self.path if self.at == "input" else self.feeds
+    def targets(self) -> tuple[str, ...]:
+        """Paths of the linear layers that take what the site emits."""
+        if self.at == "input":
+            return self.shared or (self.path,)
+        return (self.feeds,) if self.feeds else ()
 
 
 @dataclass(frozen=True)
@@ -65,12 +75,14 @@ class Product:
     Attributes:
         name: In reports.
         weights: Paths of the linear layers, as in [`Site`]; none for `scores` and `values`.
+        through: As in [`Site`].
         pooled: Runs once a sequence, not once a token, where the head judges whole sequences.
         once: Runs once in the stepwise schedule too, before time begins or when it has ended.
     """
 
     name: str
     weights: tuple[str, ...] = ()
+    through: str | None = None
     pooled: bool = False
     once: bool = False
 
@@ -83,12 +95,16 @@ class Backbone:
         title: In cards and reports.
         models: Name of the model class by the Auto class that loads it.
         blocks: Path of the list of blocks, in the trunk that runs.
-        attention: Path of the attention, in a block.
-        sites: Of every block, in the order they run in.
+        attention: Path of the attention, in a block, with its output layer.
+        core: Path of its part that has the queries, keys and values.
+        norms: Paths of the norms of a block.
+        sites: Of every block, in the order they run in, where neurons sit in the MLPs only.
         products: Of every block, in the order they run in.
         trunk: Path, in the base model, of the module that every head calls.
         outer_sites: Outside of blocks; a path that a model lacks is passed over.
         outer_products: In the same way.
+        outer_norms: Of what runs at every timestep after the blocks.
+        outer_activations: In the same way.
         time_ends: Module of a head that still sees every timestep, and whose output is averaged over time in place of
             the trunk's; where a model lacks it, time ends with the trunk.
         causal: Whether position s speaks of token s + 1.
@@ -101,11 +117,15 @@ class Backbone:
     models: dict[str, str]
     blocks: str
     attention: str
+    core: str
+    norms: tuple[str, ...]
     sites: tuple[Site, ...]
     products: tuple[Product, ...]
     trunk: str = ""
     outer_sites: tuple[Site, ...] = ()
     outer_products: tuple[Product, ...] = ()
+    outer_norms: tuple[str, ...] = ()
+    outer_activations: tuple[str, ...] = ()
     time_ends: str | None = None
     causal: bool = False
     positions: int | None = 0
@@ -114,9 +134,44 @@ class Backbone:
     @property
     def first_products(self) -> tuple[str, ...]:
         """Paths, in a block, of what runs before its first site: in the first block, the same at every timestep."""
-        fed = {site.target for site in self.sites}
+        fed = {target for site in self.sites for target in site.targets}
         before = [path for product in self.products for path in product.weights if path not in fed]
         return (self.attention, *(path for path in before if not path.startswith(f"{self.attention}.")))
+
+    def placed(self, sites: str, activation: str) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+        """The sites of every block, and those outside of blocks, for two settings of a configuration."""
+        if sites == "mlp":
+            return self.sites, self.outer_sites
+        trained = {site.feeds: site for site in self.sites if site.at == "activation" and activation == "qcfs"}
+        blocks: list[Site] = []
+        for product in self.products:
+            if product.name == "qkv" and sites == "all":
+                blocks += [Site(self.core, at=at, signed=True, group=at) for at in ("query", "value")]
+            if product.weights:
+                own = Site(
+                    product.weights[0],
+                    at="input",
+                    shared=product.weights,
+                    through=product.through,
+                    signed=True,
+                    group=product.name,
+                    per_position=self.sites[0].per_position or product.name not in ("mlp in", "mlp out"),
+                )
+                blocks.append(trained.get(product.weights[0], own))
+        heads = [
+            Site(
+                product.weights[0],
+                at="input",
+                signed=True,
+                group="head",
+                per_position=not product.pooled,
+                after_time=True,
+            )
+            for product in self.outer_products
+            if product.name == "head"
+        ]
+        outer = self.outer_sites if activation == "qcfs" else ()
+        return tuple(blocks), (*outer, *(heads if sites == "all" else ()))
 
 
 def _models(prefix: str, *auto_classes: str, **exceptions: str) -> dict[str, str]:
@@ -142,9 +197,11 @@ def _bert(title: str, prefix: str, *more_heads: str, **differences: Any) -> Back
         models=_models(prefix, *_ENCODER_HEADS, *more_heads),
         blocks="encoder.layer",
         attention="attention",
+        core="attention.self",
+        norms=("attention.output.LayerNorm", "output.LayerNorm"),
         sites=(Site("intermediate.intermediate_act_fn", "intermediate_size", feeds="output.dense"),),
         products=(
-            Product("qkv", ("attention.self.query", "attention.self.key", "attention.self.value")),
+            Product("qkv", ("attention.self.query", "attention.self.key", "attention.self.value"), "attention.self"),
             *_ATTENTION,
             Product("attention output", ("attention.output.dense",)),
             Product("mlp in", ("intermediate.dense",)),
@@ -162,15 +219,18 @@ def _llama(title: str, prefix: str) -> Backbone:
         models=_models(prefix, *_DECODER_HEADS),
         blocks="layers",
         attention="self_attn",
+        core="self_attn",
+        norms=("input_layernorm", "post_attention_layernorm"),
         sites=(Site("mlp.down_proj", "intermediate_size", at="input", signed=True),),
         products=(
-            Product("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            Product("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
             *_ATTENTION,
             Product("attention output", ("self_attn.o_proj",)),
-            Product("mlp in", ("mlp.gate_proj", "mlp.up_proj")),
+            Product("mlp in", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
             Product("mlp out", ("mlp.down_proj",)),
         ),
         outer_products=_HEADS,
+        outer_norms=("norm",),
         causal=True,
         positions=None,
     )
@@ -182,6 +242,8 @@ BACKBONES: dict[str, Backbone] = {
         models=_models("GPT2", *_DECODER_HEADS, "TokenClassification", CausalLM="FASGPT2LMHeadModel"),
         blocks="h",
         attention="attn",
+        core="attn",
+        norms=("ln_1", "ln_2"),
         sites=(Site("mlp.act", "intermediate_size", feeds="mlp.c_proj"),),
         products=(
             Product("qkv", ("attn.c_attn",)),
@@ -191,6 +253,7 @@ BACKBONES: dict[str, Backbone] = {
             Product("mlp out", ("mlp.c_proj",)),
         ),
         outer_products=(*_HEADS, Product("head", ("classifier",), once=True)),
+        outer_norms=("ln_f",),
         causal=True,
     ),
     "bert": _bert(
@@ -208,6 +271,8 @@ BACKBONES: dict[str, Backbone] = {
             Product("head", ("classifier",), pooled=True, once=True),
             *_HEADS,
         ),
+        outer_norms=("cls.predictions.transform.LayerNorm",),
+        outer_activations=("pooler.activation", "cls.predictions.transform.transform_act_fn"),
         time_ends="cls.predictions.transform",
     ),
     "roberta": _bert(
@@ -222,6 +287,7 @@ BACKBONES: dict[str, Backbone] = {
             Product("head", ("classifier",), pooled=True, once=True),
             *_HEADS[2:],
         ),
+        outer_activations=("pooler.activation",),
         positions=-2,
     ),
     "distilbert": Backbone(
@@ -229,9 +295,11 @@ BACKBONES: dict[str, Backbone] = {
         models=_models("DistilBert", *_ENCODER_HEADS),
         blocks="transformer.layer",
         attention="attention",
+        core="attention",
+        norms=("sa_layer_norm", "output_layer_norm"),
         sites=(Site("ffn.activation", "hidden_dim", feeds="ffn.lin2"),),
         products=(
-            Product("qkv", ("attention.q_lin", "attention.k_lin", "attention.v_lin")),
+            Product("qkv", ("attention.q_lin", "attention.k_lin", "attention.v_lin"), "attention"),
             *_ATTENTION,
             Product("attention output", ("attention.out_lin",)),
             Product("mlp in", ("ffn.lin1",)),
@@ -245,6 +313,8 @@ BACKBONES: dict[str, Backbone] = {
             Product("head", ("classifier",), pooled=True, once=True),
             *_HEADS,
         ),
+        outer_norms=("vocab_layer_norm",),
+        outer_activations=("activation",),
         time_ends="vocab_layer_norm",
         initial_threshold=2.5,
     ),
@@ -253,15 +323,18 @@ BACKBONES: dict[str, Backbone] = {
         models=_models("OPT", *_DECODER_HEADS),
         blocks="layers",
         attention="self_attn",
+        core="self_attn",
+        norms=("self_attn_layer_norm", "final_layer_norm"),
         sites=(Site("activation_fn", "ffn_dim", feeds="fc2", per_position=False),),
         products=(
-            Product("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            Product("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
             *_ATTENTION,
             Product("attention output", ("self_attn.out_proj",)),
             Product("mlp in", ("fc1",)),
             Product("mlp out", ("fc2",)),
         ),
         trunk="decoder",
+        outer_norms=("decoder.final_layer_norm",),
         outer_products=(
             Product("project in", ("decoder.project_in",), once=True),
             Product("project out", ("decoder.project_out",)),
@@ -274,12 +347,22 @@ BACKBONES: dict[str, Backbone] = {
     "qwen3": _llama("Qwen3", "Qwen3"),
 }
 
-SCHEDULES = ("stepwise", "layerwise")
+SCHEDULES = ("stepwise", "layerwise", "accumulated")
 GRANULARITIES = ("layer", "neuron", "position")
 
 # Least value of the integer settings; `None` is allowed where it is the default.
 _INTEGERS = {"L": 1, "T": 0, "calib_T": 1, "calib_length": 1}
-_CHOICES = {"schedule": SCHEDULES, "granularity": GRANULARITIES}
+_OPTIONAL = ("L", "calib_T", "calib_length")
+_CHOICES = {
+    "schedule": SCHEDULES,
+    "granularity": GRANULARITIES,
+    "sites": ("mlp", "linear", "all"),
+    "activation": ("qcfs", "stock"),
+    "code": ("rate", "phase", "first_spike"),
+    "gain": ("static", "token"),
+}
+# Most timesteps; the levels of a phase code double with each.
+MOST_TIMESTEPS = {"rate": 32, "phase": 16, "first_spike": 32}
 _DEFAULTS: dict[str, Any] = {
     "L": 8,
     "T": 0,
@@ -288,16 +371,29 @@ _DEFAULTS: dict[str, Any] = {
     "schedule": "stepwise",
     "granularity": "neuron",
     "folded": False,
+    "sites": "mlp",
+    "activation": "qcfs",
+    "code": "rate",
+    "code_base": 2**0.5,
+    "gain": "static",
 }
 # Keys of every configuration that are no attribute of a fresh one.
-_GENERIC_KEYS = {"attn_implementation", "auto_map", "dtype", "name_or_path", "num_labels", "torch_dtype"}
+_GENERIC_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "dtype",
+    "gradient_checkpointing",
+    "name_or_path",
+    "num_labels",
+    "torch_dtype",
+}
 
 
 def _checked(name: str, value: Any) -> Any:
     """The value of a FAS setting in its canonical type, or a `ValueError` that says what would be right."""
     if name in _INTEGERS:
         least = _INTEGERS[name]
-        if value is None and _DEFAULTS[name] is None:
+        if value is None and name in _OPTIONAL:
             return None
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             hint = " (0 runs the quantised ANN, 1 or more the spiking network)" if name == "T" else ""
@@ -311,8 +407,9 @@ def _checked(name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError(f"`folded` must be True or False, got {value!r}.")
         return value
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"`{name}` must be a finite number above 0 (2.0 is a good start), got {value!r}.")
+    least, start = (1, "1.2 with 16 timesteps, 1.4 with 8") if name == "code_base" else (0, "2.0")
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value <= least:
+        raise ValueError(f"`{name}` must be a finite number above {least} ({start} is a good start), got {value!r}.")
     return float(value)
 
 
@@ -324,16 +421,29 @@ class FASConfig(PretrainedConfig):
     they are set, so a configuration never holds a value that cannot run.
 
     Args:
-        L (`int`, defaults to 8): quantisation levels of the activation in ANN mode.
+        L (`int`, *optional*, defaults to 8): quantisation levels of a site at T = 0; `None` makes T = 0 the stock
+            network, where no activation was replaced.
         T (`int`, defaults to 0): timesteps; 0 runs the quantised ANN.
         calib_T (`int`, *optional*): timesteps the model was calibrated for. Set exactly when the model has fine
             thresholds; `model.begin_calibration` sets it.
         calib_length (`int`, *optional*): rows of the fine thresholds at granularity `"position"`.
-        schedule (`str`, defaults to `"stepwise"`): `"stepwise"` passes every timestep through the whole network,
-            `"layerwise"` integrates a constant input for T steps at each site and passes on the time average.
+        schedule (`str`, defaults to `"stepwise"`): `"stepwise"` passes every timestep through the whole network;
+            `"accumulated"` does too, but all that is not linear sees the running mean of its input and emits
+            differences; `"layerwise"` integrates a constant input for T steps at each site and passes on the time
+            average.
         granularity (`str`, defaults to `"neuron"`): who shares a fine threshold: `"layer"`, `"neuron"`, `"position"`.
         folded (`bool`, defaults to `False`): whether the thresholds are part of the weights that follow the sites, so
             that what travels is 0 or 1.
+        sites (`str`, defaults to `"mlp"`): where neurons sit. `"mlp"`: in place of the MLP's activation, or at the
+            input of a gated MLP's last layer. `"linear"`: at the input of every linear layer of the blocks. `"all"`:
+            at queries, values and the input of the head as well.
+        activation (`str`, defaults to `"qcfs"`): (`fas_activation` in a DistilBERT, whose own `activation` is that of
+            its MLP) `"stock"` leaves activations as they are, where `sites` is not
+            `"mlp"`; else the trained neurons that replace them serve the layers after them.
+        code (`str`, defaults to `"rate"`): how T steps make a value: `"rate"` weighs spikes equally, `"phase"` by
+            powers of 2, `"first_spike"` by the step of the only one.
+        code_base (`float`, defaults to the root of 2): what a first spike loses in weight a step.
+        gain (`str`, defaults to `"static"`): `"token"` multiplies thresholds by the largest input of the token.
         initial_threshold (`float`): threshold of a site that no checkpoint has one for. Defaults to 2.0 for decoders
             and 2.5 for encoders (the published code; 1.24 in its masked-LM step).
 
@@ -345,6 +455,8 @@ class FASConfig(PretrainedConfig):
     model_type = "fas"
     backbone = ""
     _stock_class: ClassVar[Any] = None
+    # Settings whose name the stock configuration has for something else, with the name they get there.
+    _renamed: ClassVar[dict[str, str]] = {}
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(_config_class(kwargs) if cls is FASConfig and kwargs else cls)
@@ -361,6 +473,7 @@ class FASConfig(PretrainedConfig):
             )
         table = BACKBONES.get(self.backbone)
         for name, default in (_DEFAULTS | {"initial_threshold": table.initial_threshold if table else 2.0}).items():
+            name = self._renamed.get(name, name)
             setattr(self, name, kwargs.pop(name, default))
         self._warn_about_unknown_keys(kwargs, from_file="transformers_version" in kwargs or "architectures" in kwargs)
         super().__init__(**self._with_rope(kwargs))
@@ -374,6 +487,43 @@ class FASConfig(PretrainedConfig):
         """What the backbone is."""
         return BACKBONES[self.backbone]
 
+    @property
+    def placed(self) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+        """The sites of every block, and those outside of blocks."""
+        return self.table.placed(self.sites, getattr(self, self._renamed.get("activation", "activation")))
+
+    def check(self) -> None:
+        """Raise for settings that do not go together; called whenever a model is made or set to run otherwise.
+
+        Raises:
+            ValueError: says which, and what would work.
+        """
+        replaced = any(site.at == "activation" for part in self.placed for site in part)
+        most = MOST_TIMESTEPS[self.code]
+        if most < self.T:
+            raise ValueError(
+                f"`T` must be at most {most} with code {self.code!r}, got {self.T}. Fewer do: 4 to 8, as a rule."
+            )
+        activation = getattr(self, self._renamed.get("activation", "activation"))
+        if self.sites == "mlp" and activation == "stock" and replaced:
+            raise ValueError(
+                "`activation` must be 'qcfs' where `sites` is 'mlp', since neurons sit in its place, got 'stock'. Use "
+                "`sites` 'linear' or 'all' to keep the stock activation."
+            )
+        if self.L is None and replaced:
+            raise ValueError(
+                "`L` must be an integer where neurons replace an activation, got None. Give `activation` 'stock' and "
+                "`sites` 'linear' or 'all' for a model that is the stock network at T = 0."
+            )
+        for name, plain in (("code", "rate"), ("gain", "static")):
+            if self.T and getattr(self, name) != plain and self.schedule != "layerwise":
+                raise ValueError(
+                    f"`schedule` must be 'layerwise' with {name} {getattr(self, name)!r}, which encodes each layer's "
+                    f"input anew, got {self.schedule!r}. With {name} {plain!r} every schedule works."
+                )
+        if self.folded and self.gain == "token":
+            raise ValueError("`gain` must be 'static' to be folded: no weight knows the token, got 'token'.")
+
     @classmethod
     def _with_rope(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Settings of rotary positions that transformers 5 wrote, under the names that transformers 4 reads."""
@@ -386,8 +536,9 @@ class FASConfig(PretrainedConfig):
         return {"rope_scaling": None if plain else scaling} | theta | kwargs
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _DEFAULTS or name == "initial_threshold":
-            value = _checked(name, value)
+        own = {renamed: plain for plain, renamed in self._renamed.items()}.get(name, name)
+        if (own in _DEFAULTS or own == "initial_threshold") and name not in self._renamed:
+            value = _checked(own, value)
         super().__setattr__(name, value)
 
     @classmethod
@@ -399,7 +550,7 @@ class FASConfig(PretrainedConfig):
 
         Files of older versions carry stale keys that concern nobody.
         """
-        own = [*_DEFAULTS, "initial_threshold"]
+        own = [*(self._renamed.get(name, name) for name in _DEFAULTS), "initial_threshold"]
         stock = set(vars(self._stock_class())) | set(self.attribute_map) if self._stock_class else set()
         for key in kwargs.keys() - stock - _GENERIC_KEYS:
             near = [name for name in own if name.lower() == key.lower()] or get_close_matches(key, own, 1, 0.75)
@@ -472,8 +623,11 @@ class FASDistilBertConfig(FASConfig, DistilBertConfig):
     model_type = "fas_distilbert"
     backbone = "distilbert"
     _stock_class = DistilBertConfig
+    _renamed = {"activation": "fas_activation"}
 
     def __init__(self, **kwargs):
+        if kwargs.get("activation") in _CHOICES["activation"]:
+            kwargs["fas_activation"] = kwargs.pop("activation")
         super().__init__(**kwargs)
 
 

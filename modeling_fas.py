@@ -57,9 +57,9 @@ class FASMixin(PreTrainedModel):
             raise ValueError(f"`layerdrop` must be 0: every block holds neurons, got {config.layerdrop}.")
         self._synced = None
         self._time = Time(config)
-        table = BACKBONES[config.backbone]
-        place_sites(self, table)
-        carry_time(self, table, self._time)
+        config.check()
+        place_sites(self)
+        carry_time(self, self._time)
         self.register_forward_pre_hook(sync)
         self.register_forward_hook(forget_positions)
         if isinstance(self, GenerationMixin):
@@ -80,19 +80,19 @@ class FASMixin(PreTrainedModel):
 
         Args:
             T (`int`): timesteps.
-            schedule (`str`, *optional*): `"stepwise"` or `"layerwise"`; stays as it is if not given.
+            schedule (`str`, *optional*): `"stepwise"`, `"accumulated"` or `"layerwise"`; stays as it is if not given.
 
         Raises:
             ValueError: for a value the configuration refuses; the model then stays as it was.
         """
-        previous = self.config.schedule
-        self.config.schedule = previous if schedule is None else schedule
+        before = self.config.T, self.config.schedule
         try:
+            self.config.schedule = before[1] if schedule is None else schedule
             self.config.T = T
+            sync(self)
         except ValueError:
-            self.config.schedule = previous
+            self.config.T, self.config.schedule = before
             raise
-        sync(self)
         return self
 
     @contextmanager
@@ -105,16 +105,17 @@ class FASMixin(PreTrainedModel):
         finally:
             self.set_timesteps(*before)
 
-    def early_exit(self, T: int, **inputs: torch.Tensor) -> torch.Tensor:
-        """Logits of the first 1, 2 … T timesteps of one stepwise run, `(T, B, …)`; the last are those of T.
+    def early_exit(self, T: int, schedule: str = "stepwise", **inputs: torch.Tensor) -> torch.Tensor:
+        """Logits of the first 1, 2 … T timesteps of one run, `(T, B, …)`; the last are those of T.
 
         Args:
             T (`int`): timesteps.
+            schedule (`str`, defaults to `"stepwise"`): or `"accumulated"`; layerwise there is nothing to exit from.
             **inputs: of the model, by name; `labels` are dropped.
         """
         repeated = {name: value.repeat(T, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
         repeated.pop("labels", None)
-        with self.running(T, "stepwise"):
+        with self.running(T, schedule):
             self._time.every_step = True
             try:
                 return self(**repeated, return_dict=True).logits.unflatten(0, (T, -1))

@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging
 
 
-__all__ = ["MIN_THRESHOLD", "integrate_and_fire", "qcfs", "spike_rate"]
+__all__ = ["MIN_THRESHOLD", "encode", "integrate_and_fire", "qcfs", "spike_count", "spike_rate", "spike_train"]
 
 logger = logging.get_logger(__name__)
 tl: Any = None  # triton.language, from the first use of a kernel on
@@ -73,41 +73,72 @@ def _start(initial_potential: torch.Tensor | None, signed: bool) -> Any:
     return _state(initial_potential).clamp(0, 1) if signed else _state(initial_potential)
 
 
-class _SpikeRate(torch.autograd.Function):
-    """Threshold times the firing rate for a constant input, straight-through gradient; keeps the input only."""
+def _level(z, potential, T: int, signed: bool, code: str, base) -> torch.Tensor:
+    """What T steps make of the constant input z, both in units of the threshold: from 0, or -1 if signed, to 1."""
+    if code == "rate":
+        return _spike_count(z, potential, T, signed).div_(T)
+    if code == "phase":
+        most = 2**T - 1
+        return (z * most).add_(0.5).floor_().clamp_(-most if signed else 0, most).div_(most)
+    return _first_spike(z, T, signed, base)[1]
+
+
+def _first_spike(z, T: int, signed: bool, base) -> tuple[torch.Tensor, torch.Tensor]:
+    """Steps left when a neuron fires, that one included (0: never), and the level `± base^(1 - step)`."""
+    levels, between = first_spike_levels(T, base, z)
+    index = torch.bucketize(z.abs() if signed else z.clamp(min=0), between, right=True)
+    level = levels[index]
+    return index, torch.where(z.isnan(), z, level * z.sign() if signed else level)
+
+
+def first_spike_levels(T: int, base, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The levels of a first spike, ascending from 0, `(T + 1,)`, and the inputs between them, `(T,)`, from which on
+    the upper one is emitted."""
+    steps = torch.arange(T - 1, -1, -1, device=like.device, dtype=like.dtype)
+    levels = torch.cat([like.new_zeros(1), torch.as_tensor(base, device=like.device, dtype=like.dtype) ** -steps])
+    return levels, (levels[1:] + levels[:-1]) / 2
+
+
+class _Encode(torch.autograd.Function):
+    """What a neuron emits for a constant input, on average or in all, straight-through gradient; keeps the input."""
 
     @staticmethod
-    def forward(ctx, x, threshold, initial_potential, T, signed):
-        ctx.save_for_backward(x, threshold, initial_potential)
-        ctx.T, ctx.signed = T, signed
+    def forward(ctx, x, threshold, initial_potential, base, T, signed, code):
+        ctx.save_for_backward(x, threshold, initial_potential, base)
+        ctx.settings = T, signed, code
         theta = _state(threshold).clamp(min=MIN_THRESHOLD)
         potential = _start(initial_potential, signed)
         emitted = torch.empty_like(x)
         for x_, theta_, potential_, emitted_ in _blocks(x, theta, potential, emitted):
-            emitted_.copy_(_spike_count(_state(x_) / theta_, potential_, T, signed).div_(T).mul_(theta_))
+            emitted_.copy_(_level(_state(x_) / theta_, potential_, T, signed, code, base).mul_(theta_))
         return emitted
 
     @staticmethod
     def backward(ctx, grad):
-        x, threshold, initial_potential = ctx.saved_tensors
+        x, threshold, initial_potential, base = ctx.saved_tensors
+        T, signed, code = ctx.settings
         theta = _state(threshold).clamp(min=MIN_THRESHOLD)
-        potential = _start(initial_potential, ctx.signed)
-        least = -1 if ctx.signed else 0
+        potential = _start(initial_potential, signed)
+        least = -1 if signed else 0
         grad_x, grad_theta = torch.empty_like(x), torch.zeros_like(theta)
         grad_potential = None if potential is None else torch.zeros_like(potential)
+        grad_base = torch.zeros_like(base) if ctx.needs_input_grad[3] else None
         whole = x, grad, grad_x, theta, grad_theta, potential, grad_potential
         for x_, grad_, grad_x_, theta_, grad_theta_, potential_, grad_potential_ in _blocks(*whole):
             z = _state(x_) / theta_
             inside = z.clamp(least, 1).eq_(z).mul_(grad_)
             grad_x_.copy_(inside)
             if ctx.needs_input_grad[1]:
-                level = _spike_count(z, potential_, ctx.T, ctx.signed).div_(ctx.T)
-                grad_theta_ += level.mul_(grad_).sub_(z.mul_(inside)).sum_to_size(theta_.shape)
+                level = _level(z, potential_, T, signed, code, base)
+                grad_theta_ += level.mul_(grad_).sub_(z.mul(inside)).sum_to_size(theta_.shape)
             if ctx.needs_input_grad[2]:
-                grad_potential_ += inside.mul_(theta_ / ctx.T).sum_to_size(potential_.shape)
+                grad_potential_ += inside.mul_(theta_ / T).sum_to_size(potential_.shape)
+            if grad_base is not None:
+                index, level = _first_spike(z, T, signed, base)
+                grad_base += ((index - T).clamp(max=0) * level * theta_ * grad_).sum() / base
         if grad_potential is not None:
             grad_potential = grad_potential.to(initial_potential.dtype)
-        return grad_x, grad_theta.to(threshold.dtype), grad_potential, None, None
+        return grad_x, grad_theta.to(threshold.dtype), grad_potential, grad_base, None, None, None
 
 
 class _IntegrateAndFire(torch.autograd.Function):
@@ -336,7 +367,7 @@ def qcfs(x: torch.Tensor, threshold: torch.Tensor, L: int, signed: bool = False)
 
     Source: Bu et al. 2022 (arXiv 2303.04347), Eq. 8, with shift 1/2.
     """
-    return _SpikeRate.apply(x, threshold, None, L, signed)
+    return _Encode.apply(x, threshold, None, None, L, signed, "rate")
 
 
 def spike_rate(
@@ -358,7 +389,76 @@ def spike_rate(
     Returns:
         `torch.Tensor`: shape and dtype of `x`.
     """
-    return _SpikeRate.apply(x, threshold, initial_potential, T, signed)
+    return _Encode.apply(x, threshold, initial_potential, None, T, signed, "rate")
+
+
+def encode(
+    x: torch.Tensor,
+    threshold: torch.Tensor,
+    T: int,
+    code: str,
+    base: float | torch.Tensor = 2**0.5,
+    signed: bool = True,
+) -> torch.Tensor:
+    """The value that T steps of a code make of a constant input, in closed form.
+
+    `"rate"`: `threshold · clip(floor(T·z + 1/2), -T, T) / T` with z = x / threshold. `"phase"`: the same with 2^T - 1
+    for T. `"first_spike"`: the nearest of 0 and `± threshold · base^(1 - t)`, t = 1 … T. Equals the spikes of
+    [`spike_train`] times their weights. The gradient is straight through the rounding, inside the range; the
+    threshold, and a base that is a tensor, get theirs too.
+
+    Args:
+        x (`torch.Tensor` of shape `(B, …, D)`): the constant input.
+        threshold (`torch.Tensor` broadcastable to `x`): end of the range.
+        T (`int`): timesteps, at least 1.
+        code (`str`): `"rate"`, `"phase"` or `"first_spike"`.
+        base (`float` or `torch.Tensor`, defaults to the root of 2): of a first spike, above 1.
+        signed (`bool`, defaults to `True`): whether the range goes below 0.
+
+    Returns:
+        `torch.Tensor`: shape and dtype of `x`.
+    """
+    base = torch.as_tensor(base, dtype=_state(x).dtype, device=x.device)
+    return _Encode.apply(x, threshold, None, base, T, signed, code)
+
+
+def spike_count(emitted: torch.Tensor, threshold: torch.Tensor, T: int, code: str) -> torch.Tensor:
+    """Spikes that a value of [`encode`] is made of, whole numbers of the shape of `emitted`."""
+    level = (_state(emitted) / _state(threshold).clamp(min=MIN_THRESHOLD)).abs()
+    if code == "rate":
+        return level.mul_(T).round_()
+    if code == "first_spike":
+        return level.sign()
+    bits = level.mul_(2**T - 1).round_().long()
+    return torch.stack([(bits >> bit) & 1 for bit in range(T)]).sum(0).to(level.dtype)
+
+
+def spike_train(
+    x: torch.Tensor, threshold: torch.Tensor, T: int, code: str, base: float = 2**0.5, signed: bool = True
+) -> torch.Tensor:
+    """The spikes behind [`encode`], step by step: -1, 0 or 1, `(T, B, …, D)`; plain, and the oracle of all else.
+
+    A neuron holds its input, and at step t fires where it reaches the weight of the step, less half of the last one;
+    what it emitted is taken off. A rate gets its input anew at every step; a first spike is the only one.
+    """
+    z = _state(x) / _state(threshold).clamp(min=MIN_THRESHOLD)
+    if code == "first_spike":
+        _, between = first_spike_levels(T, base, z)
+        spikes, fired = [], torch.zeros_like(z, dtype=torch.bool)
+        for reached in between.flip(0):
+            fires = (z.abs() >= reached) & ~fired & ((z > 0) | signed)
+            fired |= fires
+            spikes.append(fires * z.sign())
+        return torch.stack(spikes)
+    weights = [1] * T if code == "rate" else [2 ** (T - t) for t in range(1, T + 1)]
+    held = z if code == "rate" else z * (2**T - 1)
+    v, spikes = torch.full_like(z, 0.5), []
+    for t, weight in enumerate(weights):
+        v = v + held if code == "rate" or t == 0 else v
+        spike = (v >= weight).to(z.dtype) - (signed & (v < 1 - weight)).to(z.dtype)
+        v = v - weight * spike
+        spikes.append(spike)
+    return torch.stack(spikes)
 
 
 def integrate_and_fire(

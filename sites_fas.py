@@ -13,15 +13,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 
 try:
-    from .configuration_fas import Backbone, Site  # type: ignore[import-not-found]
-    from .neurons_fas import MIN_THRESHOLD, integrate_and_fire, spike_rate  # type: ignore[import-not-found]
+    from .configuration_fas import Site  # type: ignore[import-not-found]
+    from .neurons_fas import (  # type: ignore[import-not-found]
+        MIN_THRESHOLD,
+        encode,
+        integrate_and_fire,
+        spike_count,
+        spike_rate,
+    )
 except ImportError:
-    from configuration_fas import Backbone, Site
-    from neurons_fas import MIN_THRESHOLD, integrate_and_fire, spike_rate
+    from configuration_fas import Site
+    from neurons_fas import MIN_THRESHOLD, encode, integrate_and_fire, spike_count, spike_rate
 
 
 class _Call(threading.local):
@@ -34,36 +40,45 @@ call = _Call()
 
 
 class FASNeuron(nn.Module):
-    """A neuron site: QCFS at T = 0, integrate-and-fire at T > 0.
+    """A neuron site: a quantiser at T = 0 (QCFS, where unsigned), integrate-and-fire or another code at T > 0.
 
     Holds `threshold` of shape `(1,)`; once calibrated `fine_threshold` and `initial_potential` (a fraction of the
-    threshold), of shape `(1,)`, `(D,)` or `(S, D)` by granularity, which take its place at T > 0. No state survives a
-    call. The model keeps `L`, `T` and `schedule` as its configuration says.
+    threshold), of shape `(1,)`, `(D,)` or `(S, D)` by granularity, which take its place at T > 0; with gain `"token"`
+    also `gain`, `(1,)`. No state survives a call. The model keeps `L`, `T`, `schedule`, `code` and `code_base` as its
+    configuration says.
 
     Args:
         config ([`FASConfig`])
         width (`int`): neurons of the site, D.
-        per_position (`bool`, defaults to `True`): whether the input has a sequence dimension (a pooler's has none).
-        signed (`bool`, defaults to `False`): whether the neurons spike both ways.
-        folds (`bool`, defaults to `True`): whether a linear layer follows, which the threshold can fold into.
+        site ([`Site`], *optional*): its entry in the table.
     """
 
-    def __init__(self, config, width: int, per_position: bool = True, signed: bool = False, folds: bool = True):
+    def __init__(self, config, width: int, site: Site | None = None):
         super().__init__()
-        self.width, self.per_position, self.signed = width, per_position, signed
+        site = Site("", feeds="") if site is None else site
+        self.width, self.signed = width, site.signed
+        self.per_position, self.after_time = site.per_position, site.after_time
         self.initial_threshold = config.initial_threshold
-        self.L, self.T, self.schedule = config.L, config.T, config.schedule
-        self.folded = config.folded and folds  # what follows holds the threshold: emit spikes, not threshold · spikes
+        self.follow(config)
+        # What follows holds the threshold: emit spikes, not threshold · spikes.
+        self.folded = config.folded and (bool(site.targets) or site.feeds == "")
         self.threshold = nn.Parameter(torch.full((1,), config.initial_threshold))
         self.register_parameter("fine_threshold", None)
         self.register_parameter("initial_potential", None)
+        self.gain: nn.Parameter | None
+        self.register_parameter("gain", nn.Parameter(torch.ones(1)) if config.gain == "token" else None)
         if config.calib_T is not None:
             self.refine(config.granularity, config.calib_length)
+
+    def follow(self, config) -> None:
+        """Run as a configuration says from now on."""
+        self.L, self.T, self.schedule = config.L, config.T, config.schedule
+        self.code, self.code_base = config.code, config.code_base
 
     @property
     def stepwise(self) -> bool:
         """Whether the site emits spike trains, `(T·B, …)`, rather than one value per input."""
-        return self.T > 0 and self.schedule == "stepwise"
+        return self.T > 0 and self.schedule != "layerwise" and not self.after_time
 
     def refine(self, granularity: str, length: int | None = None) -> None:
         """Give the site fine thresholds, equal to its threshold, and initial potentials of 1/2."""
@@ -78,6 +93,8 @@ class FASNeuron(nn.Module):
         if self.fine_threshold is not None:
             nn.init.constant_(self.fine_threshold, self.initial_threshold)
             nn.init.constant_(self.initial_potential, 0.5)
+        if self.gain is not None:
+            nn.init.constant_(self.gain, 1.0)
 
     def thresholds(self, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Threshold and initial potential (`None`: 1/2), `(1,)`, `(D,)`, `(S, D)` or `(B, S, D)`, for S columns."""
@@ -102,24 +119,44 @@ class FASNeuron(nn.Module):
                 currents.
 
         Returns:
-            `torch.Tensor`: threshold times spikes, `(T·B, …)`, time-major, in stepwise mode; their time average,
-            `(B, …)`, in layerwise mode; the QCFS activation, `(B, …)`, at T = 0. All divided by the (fine) threshold
-            where that is folded into the weights that follow.
+            `torch.Tensor`: threshold times spikes, `(T·B, …)`, time-major, in stepwise mode; their time average (or
+            weighted sum, by code), `(B, …)`, in layerwise mode; the quantised input, `(B, …)`, at T = 0, and the
+            input itself without levels. All divided by the (fine) threshold where that is folded into the weights
+            that follow.
         """
-        emitted = self._emit(hidden_states)
+        emitted = self._emit(hidden_states, *self._running(hidden_states))
         if not self.folded:
             return emitted
         threshold = self.threshold if self.fine_threshold is None else self.fine_threshold
         return (emitted / threshold.clamp(min=MIN_THRESHOLD)).to(emitted.dtype)
 
-    def _emit(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def count_spikes(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Spikes that the site answers with, of either sign: whole numbers of the shape of what it emits."""
+        threshold, potential = self._running(hidden_states)
+        emitted = self._emit(hidden_states, threshold, potential)
+        if self.stepwise:
+            return spike_count(emitted.unflatten(0, (self.T, -1)), threshold, 1, "rate").flatten(0, 1)
+        return spike_count(emitted, threshold, self.T or self.L or 1, self.code if self.T else "rate")
+
+    def _running(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Threshold and initial potential for an input; the threshold is `(B, S, D)` where it goes by token."""
         threshold, potential = self.thresholds(hidden_states.shape[-2])
-        if not self.stepwise:
+        if self.gain is None:
+            return threshold, potential
+        largest = (hidden_states.detach() / threshold.detach().clamp(min=MIN_THRESHOLD)).abs().amax(-1, keepdim=True)
+        return threshold * self.gain * largest.to(threshold.dtype), potential
+
+    def _emit(self, hidden_states: torch.Tensor, threshold: torch.Tensor, potential: Any) -> torch.Tensor:
+        if self.T == 0 and self.L is None:
+            return hidden_states
+        if self.stepwise:
+            potential = torch.full_like(threshold, 0.5) if potential is None else potential
+            steps = hidden_states.unflatten(0, (self.T, -1))
+            return integrate_and_fire(steps, threshold, potential, self.T, self.signed).flatten(0, 1)
+        if self.T == 0 or self.code == "rate":
             return spike_rate(hidden_states, threshold, potential, self.T or self.L, self.signed)
-        if potential is None:
-            potential = torch.full_like(threshold, 0.5)
-        steps = hidden_states.unflatten(0, (self.T, -1))
-        return integrate_and_fire(steps, threshold, potential, self.T, self.signed).flatten(0, 1)
+        return encode(hidden_states, threshold, self.T, self.code, self.code_base, self.signed)
 
     def extra_repr(self) -> str:
         fine = "" if self.fine_threshold is None else f", fine={tuple(self.fine_threshold.shape)}"
@@ -132,12 +169,13 @@ class FASNeuron(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def place_sites(model: PreTrainedModel, table: Backbone) -> None:
-    """Put a neuron at every site of the table that the model has, and let its parts initialise neurons."""
-    for block in trunk(model).get_submodule(table.blocks):
-        for site in table.sites:
+def place_sites(model: Any) -> None:
+    """Put a neuron at every site that the configuration asks for, and let the model's parts initialise neurons."""
+    inner, outer = model.config.placed
+    for block in trunk(model).get_submodule(model.config.table.blocks):
+        for site in inner:
             _place(model, block, site)
-    for site in table.outer_sites:
+    for site in outer:
         for parent in (model, model.base_model):
             if find(parent, site.path) is not None:
                 _place(model, parent, site)
@@ -148,22 +186,101 @@ def place_sites(model: PreTrainedModel, table: Backbone) -> None:
             vars(module)["_init_weights"] = functools.partial(_init_weights, module._init_weights)
 
 
-def _place(model: PreTrainedModel, parent: nn.Module, site: Site) -> None:
-    width = getattr(model.config, site.width)
-    neuron = FASNeuron(model.config, width, site.per_position, site.signed, folds=site.target is not None)
-    if site.at == "input":
+def _place(model: Any, parent: Any, site: Site) -> None:
+    config = model.config
+    if site.at == "activation":
+        path, _, leaf = site.path.rpartition(".")
+        owner = parent.get_submodule(path)
+        owner.__dict__.pop(leaf, None)  # a plain function
+        owner.register_module(leaf, FASNeuron(config, getattr(config, site.width), site))
+    elif site.at == "input":
         layer = parent.get_submodule(site.path)
-        layer.add_module("site", neuron)
-        layer.register_forward_pre_hook(_emit)
-        return
-    path, _, leaf = site.path.rpartition(".")
-    owner = parent.get_submodule(path)
-    owner.__dict__.pop(leaf, None)  # a plain function
-    owner.register_module(leaf, neuron)
+        if not hasattr(layer, "weight"):
+            return  # a head of several layers, the last of which has an entry of its own
+        layer.add_module("site", FASNeuron(config, layer.weight.shape[isinstance(layer, nn.Linear)], site))
+        if site.through is None:
+            layer.register_forward_pre_hook(_emit_input)
+        else:
+            emit = functools.partial(_emit_shared, layer)
+            parent.get_submodule(site.through).register_forward_pre_hook(emit, with_kwargs=True)
+    else:
+        _place_in_attention(model, parent, site)
 
 
-def _emit(layer: Any, args: tuple) -> tuple:
+def _place_in_attention(model: Any, parent: Any, site: Site) -> None:
+    """Encode what a projection gives; queries after their rotation, where they have one."""
+    table, core = model.config.table, parent.get_submodule(site.path)
+    layers = [parent.get_submodule(path) for path in next(each.weights for each in table.products if each.weights)]
+    index = 0 if site.at == "query" else 2
+    layer, parts = (layers[index], 1) if len(layers) > 1 else (layers[0], 3)
+    outputs = layer.weight.shape[not isinstance(layer, nn.Linear)] // parts
+    core.add_module(f"{site.at}_site", FASNeuron(model.config, outputs, site))
+    if site.at == "query" and table.positions is None:
+        vars(core)["config"] = _AttentionConfig(core.config)
+    else:
+        layer.register_forward_hook(functools.partial(_emit_output, core, f"{site.at}_site", index, parts))
+
+
+def _emit_input(layer: Any, args: tuple) -> tuple:
     return (layer.site(args[0]), *args[1:])
+
+
+def _emit_shared(layer: Any, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    hidden_states = _hidden_states(args, kwargs)
+    emitted = layer.site(hidden_states)
+    return _map(lambda each: emitted if each is hidden_states else each, (args, kwargs))
+
+
+def _emit_output(core: Any, name: str, index: int, parts: int, layer: Any, args: tuple, output: torch.Tensor) -> Any:
+    if parts == 1:
+        return getattr(core, name)(output)
+    chunks = list(output.chunk(parts, dim=-1))
+    chunks[index] = getattr(core, name)(chunks[index])
+    return torch.cat(chunks, dim=-1)
+
+
+class _AttentionConfig:
+    """The configuration of an attention module, but for the attention it asks for: one that encodes queries."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "config":
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return f"fas_{self.config._attn_implementation}"
+
+
+def _spiking_attention(name: str, module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    site = module.query_site
+    flat = query.transpose(1, 2).flatten(2)
+    if site.schedule == "accumulated" and site.T > 1:
+        flat = running_mean(site(difference(flat, site.T)), site.T)
+    else:
+        flat = site(flat)
+    query = flat.view(query.transpose(1, 2).shape).transpose(1, 2)
+    attention = _eager_attention if name == "eager" else AttentionInterface()[name]
+    return attention(module, query, *args, **kwargs)
+
+
+def _eager_attention(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, dropout: float = 0.0, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    scores = scores if mask is None else scores + mask[..., : key.shape[-2]]
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+for _name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3"):
+    AttentionInterface.register(f"fas_{_name}", functools.partial(_spiking_attention, _name))
 
 
 def _init_weights(stock: Callable, module: nn.Module) -> None:
@@ -179,7 +296,7 @@ def find(parent: Any, path: str) -> Any:
     return parent
 
 
-def trunk(model: PreTrainedModel) -> Any:
+def trunk(model: Any) -> Any:
     """The module, under every head, that a batch runs through."""
     return model.base_model.get_submodule(model.config.table.trunk)
 
@@ -187,6 +304,24 @@ def trunk(model: PreTrainedModel) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # Time
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def running_mean(hidden_states: torch.Tensor, T: int) -> torch.Tensor:
+    """The mean over the first t of T timesteps, for t = 1 … T: `(T·B, …)`, time-major."""
+    steps = hidden_states.unflatten(0, (T, -1))
+    return (steps.cumsum(0) / _count(steps)).flatten(0, 1)
+
+
+def difference(means: torch.Tensor, T: int) -> torch.Tensor:
+    """What has these running means: `t · mean_t - (t - 1) · mean_(t-1)`, `(T·B, …)`, time-major."""
+    steps = means.unflatten(0, (T, -1))
+    sums = steps * _count(steps)
+    return torch.cat([sums[:1], sums[1:] - sums[:-1]]).flatten(0, 1)
+
+
+def _count(steps: torch.Tensor) -> torch.Tensor:
+    count = torch.arange(1, len(steps) + 1, device=steps.device, dtype=steps.dtype)
+    return count.view(-1, *[1] * (steps.dim() - 1))
 
 
 class Time:
@@ -203,7 +338,12 @@ class Time:
     @property
     def steps(self) -> int:
         """Timesteps that a batch holds as rows."""
-        return self.config.T if self.config.schedule == "stepwise" and self.config.T else 1
+        return self.config.T if self.config.schedule != "layerwise" and self.config.T else 1
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether what is not linear sees running means, and emits differences."""
+        return self.config.schedule == "accumulated" and self.config.T > 1
 
     def enter_trunk(self, trunk: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Set the neurons, and check what no stock model checks."""
@@ -237,7 +377,8 @@ class Time:
                 "included). Truncate the input, or generate fewer tokens."
             )
         if config.granularity == "position":
-            call.positions = slice(past, past + length) if position_ids is None else position_ids
+            first = config.table.positions or 0  # RoBERTa numbers tokens from 2 on
+            call.positions = slice(past, past + length) if position_ids is None else position_ids + first
 
     def enter_first_block(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Repeat a batch for every timestep."""
@@ -249,8 +390,6 @@ class Time:
         return self._with_rows(len(_hidden_states(args, kwargs)), args, kwargs)
 
     def _with_rows(self, rows: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self.config.granularity == "position" and kwargs.get("position_ids") is not None:
-            call.positions = kwargs["position_ids"]  # again, for a block that gradient checkpointing runs by itself
         steps = self.steps
         if steps == 1:
             return None
@@ -299,34 +438,79 @@ class Time:
 
     def average(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(T·B, …)` to `(B, …)`, or to as many averages of the first t timesteps."""
-        steps = hidden_states.unflatten(0, (self.steps, -1))
-        if not self.every_step:
-            return steps.mean(0)
-        count = torch.arange(1, len(steps) + 1, device=steps.device, dtype=steps.dtype)
-        return (steps.cumsum(0) / count.view(-1, *[1] * (steps.dim() - 1))).flatten(0, 1)
+        if self.every_step:
+            return running_mean(hidden_states, self.steps)
+        return hidden_states.unflatten(0, (self.steps, -1)).mean(0)
+
+    def mean_before(self, module: Any, args: tuple) -> Any:
+        """Hand on the running mean of the input."""
+        return (running_mean(args[0], self.config.T), *args[1:]) if self.accumulates else None
+
+    def mean_after(self, module: Any, args: tuple, output: torch.Tensor) -> Any:
+        """Hand on the running mean of the output."""
+        return running_mean(output, self.config.T) if self.accumulates else None
+
+    def difference_before(self, module: Any, args: tuple) -> Any:
+        """Hand on what has the input for its running mean."""
+        return (difference(args[0], self.config.T), *args[1:]) if self.accumulates else None
+
+    def difference_after(self, module: Any, args: tuple, output: torch.Tensor) -> Any:
+        """Hand on what has the output for its running mean."""
+        return difference(output, self.config.T) if self.accumulates else None
 
     def leave_head(self, module: Any, args: tuple, output: torch.Tensor) -> Any:
         """Average over time where a head has a site of its own."""
         return None if self.steps == 1 else self.average(output)
 
 
-def carry_time(model: PreTrainedModel, table: Backbone, time: Time) -> None:
-    """Hook the trunk, its blocks, what is the same at all timesteps, and where time ends."""
+def carry_time(model: Any, time: Time) -> None:
+    """Hook the trunk, its blocks, what is the same at all timesteps, what is not linear, and where time ends."""
+    table = model.config.table
     whole = trunk(model)
     whole._synced = None
     whole.register_forward_pre_hook(time.enter_trunk, with_kwargs=True)
     last = find(model, table.time_ends) if table.time_ends else None
     but = "last_hidden_state" if last is not None else ""
     whole.register_forward_hook(functools.partial(time.leave_trunk, but), with_kwargs=True)
+    for path in (*table.outer_norms, *table.outer_activations):
+        module = find(model, path) or find(model.base_model, path)
+        if module is not None and not isinstance(module, FASNeuron):
+            _accumulate_around(module, time)
     if last is not None:
         last.register_forward_hook(time.leave_head)
     first, *others = whole.get_submodule(table.blocks)
     first.register_forward_pre_hook(time.enter_first_block, with_kwargs=True)
     for block in others:
         block.register_forward_pre_hook(time.enter_block, with_kwargs=True)
-    for path in table.first_products:
+    same = table.first_products if model.config.sites == "mlp" else ()
+    for path in same:
         first.get_submodule(path).register_forward_pre_hook(time.enter_same, with_kwargs=True)
         first.get_submodule(path).register_forward_hook(time.leave_same, with_kwargs=True)
+    _accumulate(first, model.config, time, same)
+    for block in others:
+        _accumulate(block, model.config, time)
+
+
+def _accumulate(block: Any, config: Any, time: Time, same: tuple[str, ...] = ()) -> None:
+    """Hook norms, attention and activation of a block, but for what runs for one timestep, which needs no mean."""
+    table = config.table
+    layers = {product.name: product.weights for product in table.products}
+    for path in table.norms:
+        if not path.startswith(tuple(f"{each}." for each in same)):
+            _accumulate_around(block.get_submodule(path), time)
+    spans = [("qkv", "attention output")]
+    if not any(site.at == "activation" for site in config.placed[0]):
+        spans.append(("mlp in", "mlp out"))
+    for entering, leaving in spans:
+        if not any(layers[entering][0] == each or layers[entering][0].startswith(f"{each}.") for each in same):
+            for path in layers[entering]:
+                block.get_submodule(path).register_forward_hook(time.mean_after)
+            block.get_submodule(layers[leaving][0]).register_forward_pre_hook(time.difference_before, prepend=True)
+
+
+def _accumulate_around(module: nn.Module, time: Time) -> None:
+    module.register_forward_pre_hook(time.mean_before)
+    module.register_forward_hook(time.difference_after)
 
 
 def _inputs(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -352,15 +536,18 @@ def _map(function: Callable, value: Any) -> Any:
 
 
 def forget_positions(*_: Any) -> None:
-    call.positions = None
+    if not torch.is_grad_enabled():  # else blocks may run again, for their gradient
+        call.positions = None
 
 
 def sync(module: Any, *_: Any) -> None:
     """Make every neuron in a module, copies made by adapters included, run as its configuration says."""
-    settings = (module.config.L, module.config.T, module.config.schedule)
+    config = module.config
+    settings = (config.L, config.T, config.schedule, config.code, config.code_base)
     if module._synced != settings:
+        config.check()
         for each in module.modules():
             if isinstance(each, FASNeuron):
-                each.L, each.T, each.schedule = settings
+                each.follow(config)
             elif "_synced" in vars(each):
                 each._synced = settings  # the trunk too, so that a compiled call has nothing left to change

@@ -11,15 +11,19 @@ from modeling_fas import FASMixin
 from sites_fas import find, trunk
 
 
+# What spikes in a product of attention, where anything does.
+MEETS = {"scores": "query", "values": "value"}
+
+
 @dataclass(frozen=True)
 class Placed:
-    """A neuron site of a model: in which block, its name and neuron, and the linear layer that takes what it emits."""
+    """A neuron site of a model: in which block, its name and neuron, and the linear layers that take what it emits."""
 
     layer: int | None
     name: str
     site: Site
     neuron: Any
-    target: Any
+    targets: list[Any]
 
 
 @dataclass(frozen=True)
@@ -61,25 +65,28 @@ def pooled(model: Any) -> set[str]:
 
 def sites(model: Any) -> list[Placed]:
     """Every neuron site, in the order they run in."""
-    table, names = model.config.table, {id(neuron): name for name, neuron in model.neurons()}
+    names = {id(neuron): name for name, neuron in model.neurons()}
+    inner, outer = model.config.placed
     wanted: list[tuple[int | None, Any, Site]] = [
-        (layer, block, site) for layer, block in _blocks(model) for site in table.sites
+        (layer, block, site) for layer, block in _blocks(model) for site in inner
     ]
-    wanted += [(None, None, site) for site in table.outer_sites]
+    wanted += [(None, None, site) for site in outer]
     placed = []
     for layer, parent, site in wanted:
-        path = f"{site.path}.site" if site.at == "input" else site.path
-        neuron = _at(model, parent, path)
+        leaf = {"activation": "", "input": ".site"}.get(site.at, f".{site.at}_site")
+        neuron = _at(model, parent, site.path + leaf)
         if id(neuron) in names:
-            target = _at(model, parent, site.target) if site.target else None
-            placed.append(Placed(layer, names[id(neuron)], site, neuron, target))
+            targets = [target for path in site.targets if (target := _at(model, parent, path)) is not None]
+            placed.append(Placed(layer, names[id(neuron)], site, neuron, targets))
     return placed
 
 
 def products(model: Any) -> Iterator[Weighed]:
     """Every product of the blocks, block by block, then those of what follows; what a model lacks is left out."""
     table = model.config.table
-    fed = {id(placed.target): placed.name for placed in sites(model) if placed.target is not None}
+    placed = sites(model)
+    fed: dict[Any, str] = {id(target): each.name for each in placed for target in each.targets}
+    fed |= {(each.layer, each.site.at): each.name for each in placed}
     wanted: list[tuple[int | None, Any, Product]] = [
         (layer, block, product) for layer, block in _blocks(model) for product in table.products
     ]
@@ -88,7 +95,8 @@ def products(model: Any) -> Iterator[Weighed]:
         weights = [_at(model, parent, path) for path in product.weights]
         weights = [each for each in weights if hasattr(each, "weight") and each.weight.dim() == 2]
         if weights or not product.weights:
-            yield Weighed(layer, product, weights, fed.get(id(weights[0])) if weights else None)
+            site = fed.get(id(weights[0])) if weights else fed.get((layer, MEETS[product.name]))
+            yield Weighed(layer, product, weights, site)
 
 
 def _blocks(model: Any) -> Iterator[tuple[int, Any]]:

@@ -23,6 +23,13 @@ def fold_thresholds(model: Any) -> None:
     """
     if model.config.folded:
         raise ValueError("`model` must not be folded already.")
+    if model.config.gain == "token":
+        raise ValueError("`gain` must be 'static' to fold, got 'token': no weight knows the token.")
+    if model.config.L is None:
+        raise ValueError(
+            "`L` must be an integer to fold, got None: at T = 0 the model is the stock network, which folded weights "
+            "do not fit. Set `model.config.L` to the levels wanted at T = 0."
+        )
     if model.config.calib_T is not None and model.config.granularity == "position":
         raise ValueError(
             "`granularity` must be 'neuron' or 'layer' to fold, got 'position': a weight serves all positions. "
@@ -30,17 +37,18 @@ def fold_thresholds(model: Any) -> None:
         )
     placed = sites(model)
     for each in placed:
-        if each.site.target is not None and each.target is None:
+        if len(each.targets) < len(each.site.targets):
             raise ValueError(
                 f"`model` must have its head, which {each.name} folds into, got {type(model).__name__} without one."
             )
     for each in placed:
-        if each.target is None:
+        if not each.targets:
             continue
-        neuron, weight = each.neuron, each.target.weight
+        neuron = each.neuron
         threshold = neuron.threshold if neuron.fine_threshold is None else neuron.fine_threshold
         threshold = threshold.clamp(MIN_THRESHOLD)
-        inputs_first = not isinstance(each.target, nn.Linear)  # a Conv1D of transformers
-        weight.mul_(threshold[:, None] if inputs_first and len(threshold) > 1 else threshold)
+        for target in each.targets:
+            inputs_first = not isinstance(target, nn.Linear)  # a Conv1D of transformers
+            target.weight.mul_(threshold[:, None] if inputs_first and len(threshold) > 1 else threshold)
         neuron.folded = True
     model.config.folded = True

@@ -98,7 +98,7 @@ class _SiteHooks:
     def _hook(self, name: str) -> Callable:
         @torch.no_grad()
         def hook(neuron, inputs, output):
-            self._see(name, neuron, output)
+            self._see(name, neuron, output, inputs[0])
 
         return hook
 
@@ -115,7 +115,7 @@ class _SiteHooks:
         mask = self._mask.to(output.device, torch.float32)
         return mask.repeat(output.shape[:-1].numel() // mask.numel(), 1).view(output.shape[:-1])
 
-    def _see(self, name: str, neuron: Any, output: torch.Tensor) -> None:
+    def _see(self, name: str, neuron: Any, output: torch.Tensor, given: torch.Tensor) -> None:
         raise NotImplementedError
 
 
@@ -163,7 +163,7 @@ class SpikeMonitor(_SiteHooks):
         """Share of values other than 0 of each site; `None` where they are not counted."""
         return {name: site.density for name, site in self.sites.items()}
 
-    def _see(self, name: str, neuron: Any, output: torch.Tensor) -> None:
+    def _see(self, name: str, neuron: Any, output: torch.Tensor, given: torch.Tensor) -> None:
         width = output.shape[-1]
         site = self.sites.get(name)
         if site is None:
@@ -172,22 +172,23 @@ class SpikeMonitor(_SiteHooks):
             site = self.sites[name] = SiteStatistics(*counts)
         weights = self._weights(name, output)
         steps = 1 if neuron.stepwise else neuron.T or neuron.L
+        if steps is None:  # T = 0 of the stock network: nothing is encoded
+            return
+        simple = neuron.code == "rate" and neuron.gain is None
         scale = steps / neuron.thresholds(output.shape[-2])[0].float().clamp(min=MIN_THRESHOLD)
-        # Sums of float32 values round to exact counts; half precision and thresholds by position need each value's.
-        summable = output.dtype in (torch.float32, torch.float64) and scale.dim() < 2
-        scales = scale.repeat(len(output) // len(scale), 1, 1) if scale.dim() == 3 else scale
+        # Sums of float32 values round to exact counts; half precision, thresholds by position and codes that are no
+        # rates need each value's.
+        summable = simple and output.dtype in (torch.float32, torch.float64) and scale.dim() < 2
         rows = max(1, CHUNK.get(output.device.type, CHUNK["cuda"]) // max(output[0].numel(), 1))
-        for start in range(0, len(output), rows):
-            part, weight = output[start : start + rows], weights[start : start + rows]
-            counts = part.abs() if neuron.signed else part
-            if not summable:
-                counts = (counts.float() * (scales[start : start + rows] if scales.dim() == 3 else scales)).round_()
-            weight = weight.to(counts.dtype)
-            seen = torch.tensordot(weight, counts, weight.dim())
+        counts = output if summable else neuron.count_spikes(given)
+        for part, weight in zip(counts.split(rows), weights.split(rows), strict=True):
+            part = part.abs() if neuron.signed else part
+            weight = weight.to(part.dtype)
+            seen = torch.tensordot(weight, part, weight.dim())
             seen = (seen * scale).round_() if summable else seen
             site.spikes += seen
             if site.active is not None:
-                site.active += seen if neuron.stepwise else torch.tensordot(weight, counts.sign(), weight.dim())
+                site.active += seen if neuron.stepwise else torch.tensordot(weight, part.sign(), weight.dim())
         values = int(weights.sum().item())
         site.values += values
         site.steps += values * steps
@@ -211,7 +212,7 @@ class SiteErrors(_SiteHooks):
         """Norm of the error of each site over the norm of its ANN activation."""
         return {name: (error / norm.clamp(min=1e-30)).sqrt().item() for name, (error, norm) in self._sums.items()}
 
-    def _see(self, name: str, neuron: Any, output: torch.Tensor) -> None:
+    def _see(self, name: str, neuron: Any, output: torch.Tensor, given: torch.Tensor) -> None:
         if neuron.T == 0:
             self._reference[name] = output
             return
