@@ -177,3 +177,36 @@ def test_position_ids_beyond_the_calibrated_ones_are_refused(backbone, T, schedu
     assert model(**rows).logits.isfinite().all()
     with pytest.raises(ValueError, match=r"6 positions that the fine thresholds were calibrated for, got 7"):
         model(**packed(texts(3, 7)))
+
+
+@pytest.mark.parametrize("schedule", ["stepwise", "layerwise"])
+@pytest.mark.parametrize("backbone", [*BY_POSITION, *ENCODERS])
+@pytest.mark.parametrize("given", [False, True], ids=["plain", "position_ids"])
+def test_blocks_that_run_again_for_their_gradient_know_the_positions(backbone, schedule, given):
+    task = "AutoModelForCausalLM" if backbone in CAUSAL else "AutoModelForMaskedLM"
+    model = spiking(backbone, 4, schedule, "position", task).train()
+    padded, mask = padded_left(texts(9, 6, 4))
+    inputs = {"input_ids": padded}
+    if given:
+        inputs |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            # transformers 5.23 renames it.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.zero_grad()
+        model(**inputs).logits.square().mean().backward()
+        found.append({name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("backbone", [backbone for backbone, table in BACKBONES.items() if table.positions == -2])
+@torch.no_grad()
+def test_thresholds_by_position_where_positions_are_numbered_from_2_on(backbone):
+    """RoBERTa's own `position_ids` start after that of padding; giving them changes nothing."""
+    model = spiking(backbone, 4, "stepwise", "position", "AutoModelForMaskedLM")
+    for length in (5, POSITIONS):
+        ids = torch.tensor(texts(length))
+        explicit = model(input_ids=ids, position_ids=torch.arange(2, 2 + length)[None]).logits
+        torch.testing.assert_close(explicit, model(input_ids=ids).logits, **EXACT)
