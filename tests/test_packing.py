@@ -16,12 +16,16 @@ PACKABLE = [
     backbone for backbone in CAUSAL if backbone != "opt"
 ]  # stock OPT tells texts apart in flash attention only
 LEARNED = [backbone for backbone in CAUSAL if BACKBONES[backbone].positions is not None]
+# RoBERTa numbers its positions from 2 on.
+ENCODERS = [backbone for backbone, table in BACKBONES.items() if not table.causal and table.positions == 0]
 BY_POSITION = [backbone for backbone in CAUSAL if all(site.per_position for site in BACKBONES[backbone].sites)]
 
 
-def spiking(backbone: str, T: int, schedule: str, granularity: str | None = None):
-    """A causal model in float64; calibrated, every position has thresholds of its own."""
-    model = backbones.model(backbone, "AutoModelForCausalLM", T=T, schedule=schedule).double()
+def spiking(
+    backbone: str, T: int, schedule: str, granularity: str | None = None, auto_class: str = "AutoModelForCausalLM"
+):
+    """A language model in float64; calibrated by position, with thresholds that differ between positions."""
+    model = backbones.model(backbone, auto_class, T=T, schedule=schedule).double()
     if granularity is not None:
         model.begin_calibration(4, granularity, POSITIONS)
         generator = torch.Generator().manual_seed(3)
@@ -39,6 +43,13 @@ def texts(*lengths: int) -> list[list[int]]:
 def packed(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     """All rows as one, as the collator of transformers makes it: no mask. Stock models ask for no cache then."""
     return {**DataCollatorWithFlattening()([{"input_ids": row} for row in rows]), "use_cache": False}
+
+
+def padded_left(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask of rows as wide as the first."""
+    width = len(rows[0])
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    return ids, (torch.arange(width) >= width - torch.tensor([[len(row)] for row in rows])).long()
 
 
 def alone(model, row: list[int]) -> torch.Tensor:
@@ -91,8 +102,7 @@ def test_thresholds_by_position_go_by_position_ids_where_texts_are_packed(backbo
 @torch.no_grad()
 def test_thresholds_by_position_go_by_position_ids_where_rows_are_padded(backbone, T, schedule, filler):
     model, rows = spiking(backbone, T, schedule, "position"), texts(9, 6, 4)
-    mask = (torch.arange(9) >= 9 - torch.tensor([[9], [6], [4]])).long()
-    padded = torch.tensor([[0] * (9 - len(row)) + row for row in rows])
+    padded, mask = padded_left(rows)
     position_ids = (mask.cumsum(1) - 1).masked_fill(mask == 0, filler)
     logits = model(input_ids=padded, attention_mask=mask, position_ids=position_ids).logits
     for found, row in zip(logits, rows, strict=True):
@@ -104,8 +114,7 @@ def test_thresholds_by_position_go_by_position_ids_where_rows_are_padded(backbon
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 def test_thresholds_by_position_go_with_the_text_in_generation(backbone, schedule, use_cache):
     model, rows = spiking(backbone, 4, schedule, "position"), texts(9, 6, 4)
-    mask = (torch.arange(9) >= 9 - torch.tensor([[9], [6], [4]])).long()
-    padded = torch.tensor([[0] * (9 - len(row)) + row for row in rows])
+    padded, mask = padded_left(rows)
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "use_cache": use_cache}
     settings |= {"output_logits": True, "return_dict_in_generate": True}
     together = model.generate(input_ids=padded, attention_mask=mask, **settings)
@@ -115,6 +124,18 @@ def test_thresholds_by_position_go_with_the_text_in_generation(backbone, schedul
         # generate() rounds the float64 logits to float32.
         found, expected = (torch.stack(each.logits) for each in (together, single))
         torch.testing.assert_close(found[:, i], expected[:, 0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backbone", ENCODERS)
+@pytest.mark.parametrize("T, schedule", MODES)
+@torch.no_grad()
+def test_thresholds_by_position_go_by_the_position_ids_of_encoders(backbone, T, schedule):
+    model, rows = spiking(backbone, T, schedule, "position", "AutoModelForMaskedLM"), texts(9, 6, 4)
+    padded, mask = padded_left(rows)
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=padded, attention_mask=mask, position_ids=position_ids).logits
+    for found, row in zip(logits, rows, strict=True):
+        torch.testing.assert_close(found[-len(row) :], alone(model, row), **EXACT)
 
 
 @pytest.mark.parametrize("T, schedule", MODES)
@@ -156,3 +177,36 @@ def test_position_ids_beyond_the_calibrated_ones_are_refused(backbone, T, schedu
     assert model(**rows).logits.isfinite().all()
     with pytest.raises(ValueError, match=r"6 positions that the fine thresholds were calibrated for, got 7"):
         model(**packed(texts(3, 7)))
+
+
+@pytest.mark.parametrize("schedule", ["stepwise", "layerwise"])
+@pytest.mark.parametrize("backbone", [*BY_POSITION, *ENCODERS])
+@pytest.mark.parametrize("given", [False, True], ids=["plain", "position_ids"])
+def test_blocks_that_run_again_for_their_gradient_know_the_positions(backbone, schedule, given):
+    task = "AutoModelForCausalLM" if backbone in CAUSAL else "AutoModelForMaskedLM"
+    model = spiking(backbone, 4, schedule, "position", task).train()
+    padded, mask = padded_left(texts(9, 6, 4))
+    inputs = {"input_ids": padded}
+    if given:
+        inputs |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            # transformers 5.23 renames it.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.zero_grad()
+        model(**inputs).logits.square().mean().backward()
+        found.append({name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("backbone", [backbone for backbone, table in BACKBONES.items() if table.positions == -2])
+@torch.no_grad()
+def test_thresholds_by_position_where_positions_are_numbered_from_2_on(backbone):
+    """RoBERTa's own `position_ids` start after that of padding; giving them changes nothing."""
+    model = spiking(backbone, 4, "stepwise", "position", "AutoModelForMaskedLM")
+    for length in (5, POSITIONS):
+        ids = torch.tensor(texts(length))
+        explicit = model(input_ids=ids, position_ids=torch.arange(2, 2 + length)[None]).logits
+        torch.testing.assert_close(explicit, model(input_ids=ids).logits, **EXACT)

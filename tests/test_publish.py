@@ -280,7 +280,7 @@ def test_what_a_clean_process_finds_otherwise_is_not_published(change, message, 
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("name", verification.CODE_FILES)
+@pytest.mark.parametrize("name", [*verification.CODE_FILES, *verification.LATER_CODE_FILES])
 def test_code_that_reaches_beyond_the_model_is_neither_run_nor_published(name, folder, clean_process, tmp_path):
     with (folder / name).open("a") as file:
         file.write("import socket\n")
