@@ -43,7 +43,7 @@ class NaiveNeuron(nn.Module):
         return fire(x.unflatten(0, (self.T, -1)), threshold, start, self.T, self.signed).flatten(0, 1)
 
 
-def network(spiking, T: int) -> nn.Module:
+def network(spiking, T: int, neurons: bool = True) -> nn.Module:
     """The stock model with the weights of a spiking one, which it shares, and naive neurons."""
     settings = spiking.config.to_dict()
     settings.pop("model_type")
@@ -53,11 +53,11 @@ def network(spiking, T: int) -> nn.Module:
     stock = getattr(transformers, type(spiking).__name__.removeprefix("FAS"))(stock_config)
     stock = stock.eval().to(spiking.device, spiking.dtype)
     for name, parameter in spiking.named_parameters(remove_duplicate=False):
-        if not name.endswith(("threshold", "initial_potential")):
+        if not name.endswith(("threshold", "initial_potential", "gain")):
             module, _, leaf = name.rpartition(".")
             stock.get_submodule(module)._parameters[leaf] = parameter
     stock.tie_weights()
-    for name, neuron in spiking.neurons():
+    for name, neuron in spiking.neurons() if neurons else ():
         module, _, leaf = name.rpartition(".")
         if leaf == "site":
             stock.get_submodule(module).register_forward_pre_hook(_before(NaiveNeuron(neuron, T)))

@@ -1,0 +1,280 @@
+"""Spikes into every product: `sites`, `activation`, `code`, `gain`, `L = None`, and the accumulated schedule."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import backbones
+import naive
+from backbones import CASES, CAUSAL, HEADS
+from configuration_fas import BACKBONES, FASConfig
+from neurons_fas import integrate_and_fire
+from sites_fas import difference, running_mean
+from training import layout
+from training.calibrate import fold_thresholds
+from training.evaluate import SpikeMonitor, count_operations
+
+
+EXACT = {"atol": 1e-12, "rtol": 1e-12}
+STOCK = {"activation": "stock", "L": None}
+CODES = [("rate", 4), ("phase", 3), ("first_spike", 6)]
+
+
+def ids(cases):
+    return ["-".join([backbone, auto_class.removeprefix("AutoModel") or "Model"]) for backbone, auto_class in cases]
+
+
+def reference(model):
+    """The stock model with the weights of a spiking one."""
+    return naive.network(model, 1, neurons=False)
+
+
+@pytest.mark.parametrize("gain", ["static", "token"])
+@pytest.mark.parametrize("sites", ["linear", "all"])
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_at_t_0_without_levels_it_is_the_stock_network_bit_for_bit(case, sites, gain):
+    model, inputs = backbones.model(*case, sites=sites, gain=gain, **STOCK), backbones.batch(*case)
+    assert torch.equal(backbones.first_output(model(**inputs)), backbones.first_output(reference(model)(**inputs)))
+
+
+@pytest.mark.parametrize("sites", ["linear", "all"])
+@pytest.mark.parametrize("case", HEADS, ids=ids(HEADS))
+def test_every_linear_layer_gets_spikes(case, sites):
+    """Layerwise with a phase code their inputs are whole numbers of least steps; with all, the head's too."""
+    model = backbones.model(
+        *case, sites=sites, code="phase", T=3, schedule="layerwise", initial_threshold=1.0, **STOCK
+    )
+    wanted = {
+        id(weight)
+        for each in layout.products(model)
+        if each.layer is not None or (sites == "all" and each.product.name == "head")
+        for weight in each.weights
+    }
+    seen = set()
+
+    def check(layer, args):
+        levels = args[0] * 7
+        assert torch.allclose(levels, levels.round(), atol=1e-4), layer
+        seen.add(id(layer))
+
+    for module in model.modules():
+        if id(module) in wanted and isinstance(module, nn.Linear | Conv1D):
+            module.register_forward_pre_hook(check)
+    model(**backbones.batch(*case))
+    assert seen == wanted
+
+
+@pytest.mark.parametrize("code, T", CODES)
+@pytest.mark.parametrize("gain", ["static", "token"])
+@pytest.mark.parametrize("case", HEADS, ids=ids(HEADS))
+def test_layerwise_rows_do_not_depend_on_padding(case, code, T, gain):
+    if case[1] == "AutoModelForMultipleChoice":
+        pytest.skip("rows are choices")
+    settings = {"sites": "all", "code": code, "T": T, "gain": gain, "schedule": "layerwise", **STOCK}
+    model, inputs = backbones.model(*case, **settings).double(), backbones.batch(*case)
+    whole = backbones.first_output(model(**inputs))
+    for row, length in enumerate((9, 6, 4)):
+        alone = backbones.first_output(model(**{k: v[row : row + 1, :length] for k, v in inputs.items()}))[0]
+        torch.testing.assert_close(whole[row][: len(alone)], alone, **EXACT)
+    assert not torch.allclose(whole, backbones.first_output(model.set_timesteps(0)(**inputs)))
+
+
+def fit(model, inputs):
+    """Set every threshold a little above the largest input of its site in the stock network."""
+    largest = {}
+    handles = [
+        neuron.register_forward_pre_hook(lambda n, given: largest.__setitem__(n, given[0].abs().max()))
+        for _, neuron in model.neurons()
+    ]
+    model(**inputs)
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        for neuron, value in largest.items():
+            neuron.threshold.fill_(1.1 * value)
+
+
+@pytest.mark.parametrize("sites", ["mlp", "linear", "all"])
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_accumulated_converges_to_the_ann(case, sites):
+    """The error falls with the number of timesteps, as 1 / T, and nothing was calibrated for any of them."""
+    settings = {"L": 64} if sites == "mlp" else STOCK
+    model, inputs = backbones.model(*case, sites=sites, **settings).double(), backbones.batch(*case)
+    if sites != "mlp":
+        fit(model, inputs)
+    ann = backbones.first_output(model(**inputs))
+    errors = []
+    for T in (4, 16, 32):
+        with torch.no_grad(), model.running(T, "accumulated"):
+            errors.append((backbones.first_output(model(**inputs)) - ann).abs().mean().item())
+    assert errors[1] < 0.6 * errors[0] and errors[2] < 0.45 * errors[0]
+
+
+def test_the_sum_of_spikes_stays_within_half_a_threshold_of_the_sum_of_currents():
+    torch.manual_seed(0)
+    theta = torch.tensor([0.7], dtype=torch.float64)
+    means = torch.randn(16, 5000, dtype=torch.float64).mul(0.1).cumsum(0) / torch.arange(1, 17)[:, None]
+    currents = difference(means, 16)
+    inside = (currents.abs() < theta / 2).all(0)  # no step that one spike cannot answer
+    assert inside.sum() > 1000
+    emitted = integrate_and_fire(currents, theta, torch.full_like(theta, 0.5), 16, signed=True)
+    distance = (emitted.cumsum(0) - currents.cumsum(0))[:, inside].abs()
+    assert distance.max() <= theta / 2 + 1e-12
+    torch.testing.assert_close(running_mean(currents, 16), means)
+
+
+@pytest.mark.parametrize("sites", ["mlp", "linear", "all"])
+@pytest.mark.parametrize("case", HEADS, ids=ids(HEADS))
+def test_accumulated_exits_early_with_the_answer_of_fewer_steps(case, sites):
+    if case[1] == "AutoModelForQuestionAnswering":
+        pytest.skip("has two outputs")
+    model = backbones.model(*case, sites=sites, **({} if sites == "mlp" else STOCK)).double()
+    inputs = backbones.batch(*case)
+    if sites == "all":  # the head encodes the average with as many levels as there are steps
+        logits = model.early_exit(3, "accumulated", **inputs)
+        with model.running(3, "accumulated"):
+            torch.testing.assert_close(logits[-1], model(**inputs).logits, **EXACT)
+        return
+    for t, logits in enumerate(model.early_exit(3, "accumulated", **inputs), start=1):
+        with model.running(t, "accumulated"):
+            torch.testing.assert_close(logits, model(**inputs).logits, **EXACT)
+
+
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"T": 3, "schedule": "accumulated"},
+        {"T": 3, "schedule": "accumulated", "sites": "all", **STOCK},
+        {"T": 3, "schedule": "stepwise", "sites": "all", **STOCK},
+        {"T": 4, "schedule": "layerwise", "sites": "all", "code": "phase", **STOCK},
+        {"T": 6, "schedule": "layerwise", "sites": "all", "code": "first_spike", "gain": "token", **STOCK},
+    ],
+    ids=["accumulated-mlp", "accumulated-all", "stepwise-all", "phase-all", "first-spike-all"],
+)
+@pytest.mark.parametrize("backbone", CAUSAL)
+def test_cached_generation_equals_uncached_with_left_padding(backbone, settings, search):
+    model = backbones.model(backbone, "AutoModelForCausalLM", **settings).double()
+    inputs = backbones.batch(backbone, "AutoModelForCausalLM", padding="left")
+    inputs.pop("position_ids")
+    asked = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **search}
+    asked |= {"output_logits": True, "return_dict_in_generate": True}
+    cached, again = model.generate(**inputs, **asked), model.generate(**inputs, **asked, use_cache=False)
+    assert torch.equal(cached.sequences, again.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(again.logits), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("backbone", CAUSAL)
+def test_queries_are_encoded_by_every_attention(backbone, implementation):
+    settings = {"sites": "all", "code": "phase", "T": 3, "schedule": "layerwise", **STOCK}
+    model = backbones.model(backbone, "AutoModelForCausalLM", attn_implementation=implementation, **settings).double()
+    inputs = backbones.batch(backbone, "AutoModelForCausalLM")
+    other = backbones.model(backbone, "AutoModelForCausalLM", attn_implementation="eager", **settings).double()
+    with torch.no_grad(), SpikeMonitor(model) as monitor:
+        difference = (model(**inputs).logits - other(**inputs).logits).abs()
+    # A norm in float32 rounds otherwise, and some level flips.
+    assert (difference < 1e-6).double().mean() > 0.8 and difference.max() < 2
+    assert monitor.sites.keys() == {name for name, _ in model.neurons()}
+
+
+@pytest.mark.parametrize("code, T", CODES)
+@pytest.mark.parametrize("gain", ["static", "token"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_monitors_count_the_spikes_of_every_code(backbone, code, T, gain):
+    case = (backbone, "AutoModelForSequenceClassification")
+    settings = {"sites": "all", "code": code, "T": T, "gain": gain, "schedule": "layerwise", **STOCK}
+    model, inputs = backbones.model(*case, **settings), backbones.batch(*case)
+    inputs = {name: value[:1] for name, value in inputs.items()}  # without padding
+    counted = {}
+    for name, neuron in model.neurons():
+        neuron.register_forward_hook(
+            lambda neuron, given, _out, name=name: counted.__setitem__(name, neuron.count_spikes(given[0]).sum())
+        )
+    with torch.no_grad(), SpikeMonitor(model) as monitor:
+        model(**inputs)
+    for name, site in monitor.sites.items():
+        assert site.spikes.sum().item() == counted[name].item() > 0
+        assert site.rates.max() <= (1 / T if code == "first_spike" else 1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_gradients_reach_every_threshold(case):
+    for settings in (
+        {"T": 3, "schedule": "accumulated"},
+        {"T": 3, "schedule": "layerwise", "code": "phase"},
+        {"T": 6, "schedule": "layerwise", "code": "first_spike", "gain": "token"},
+    ):
+        model = backbones.model(*case, sites="all", **STOCK, **settings)
+        backbones.first_output(model(**backbones.batch(*case))).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            if name.endswith(("threshold", "gain")):
+                assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_energy_counts_as_accumulates_what_gets_spikes_only(backbone):
+    case = (backbone, "AutoModelForSequenceClassification")
+    for sites in ("mlp", "linear", "all"):
+        model = backbones.model(*case, sites=sites, **({} if sites == "mlp" else STOCK))
+        fed = {(each.layer, each.product.name) for each in layout.products(model) if each.site is not None}
+        operations = count_operations(model, 5, execution="layerwise", T=4, spike_rates=0.1)
+        for each in operations:
+            spiking = (each.layer, each.part) in fed or each.part == "neurons"
+            assert (each.effective_macs == 0) == spiking or each.dense == 0
+            assert (each.effective_acs > 0) == (spiking and each.part != "neurons")
+        blocks = {name for layer, name in fed if layer == 1}
+        everything = {"qkv", "attention output", "mlp in", "mlp out"}
+        assert blocks == {"mlp": {"mlp out"}, "linear": everything, "all": everything | {"scores", "values"}}[sites]
+
+
+def test_folding_feeds_every_layer_of_a_shared_site():
+    model = backbones.model("llama", "AutoModelForCausalLM", sites="linear", L=8, T=4, schedule="stepwise").double()
+    with torch.no_grad():
+        for _, neuron in model.neurons():
+            neuron.threshold.uniform_(0.5, 1.5)
+    inputs = backbones.batch("llama", "AutoModelForCausalLM")
+    before = model(**inputs).logits
+    fold_thresholds(model)
+    torch.testing.assert_close(model(**inputs).logits, before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"T": 33}, "`T` must be at most 32 with code 'rate', got 33"),
+        ({"T": 17, "code": "phase", "schedule": "layerwise"}, "`T` must be at most 16 with code 'phase', got 17"),
+        ({"T": 4, "code": "phase"}, "`schedule` must be 'layerwise' with code 'phase'.*got 'stepwise'"),
+        ({"T": 4, "gain": "token", "schedule": "accumulated"}, "`schedule` must be 'layerwise' with gain 'token'"),
+        ({"activation": "stock"}, "`activation` must be 'qcfs' where `sites` is 'mlp'.*'linear' or 'all'"),
+        ({"L": None}, "`L` must be an integer where neurons replace an activation.*`activation` 'stock'"),
+        ({"code_base": 1}, "`code_base` must be a finite number above 1"),
+        ({"sites": "everywhere"}, "`sites` must be one of 'mlp', 'linear', 'all', got 'everywhere'"),
+        ({"schedule": "accumulate"}, "`schedule` must be one of 'stepwise', 'layerwise', 'accumulated'"),
+    ],
+)
+def test_settings_that_do_not_go_together_say_what_would(settings, message):
+    with pytest.raises(ValueError, match=message):
+        backbones.model("gpt2", "AutoModelForCausalLM", **settings)
+
+
+def test_a_model_stays_as_it_was_when_a_mode_is_refused():
+    model = backbones.model(
+        "gpt2", "AutoModelForCausalLM", sites="all", code="phase", T=4, schedule="layerwise", **STOCK
+    )
+    with pytest.raises(ValueError, match="layerwise"):
+        model.set_timesteps(5, "stepwise")
+    assert (model.config.T, model.config.schedule) == (4, "layerwise")
+
+
+def test_the_settings_survive_saving(tmp_path):
+    for backbone in BACKBONES:
+        settings = {"sites": "all", "code": "first_spike", "code_base": 1.2, "gain": "token", "T": 6, **STOCK}
+        model = backbones.model(backbone, "AutoModelForSequenceClassification", schedule="layerwise", **settings)
+        model.save_pretrained(tmp_path / backbone)
+        again = FASConfig.from_pretrained(tmp_path / backbone)
+        loaded = type(model).from_pretrained(tmp_path / backbone)
+        inputs = backbones.batch(backbone, "AutoModelForSequenceClassification")
+        assert (again.L, again.code, again.placed) == (None, "first_spike", model.config.placed)
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
