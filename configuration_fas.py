@@ -492,6 +492,11 @@ class FASConfig(PretrainedConfig):
         """The sites of every block, and those outside of blocks."""
         return self.table.placed(self.sites, getattr(self, self._renamed.get("activation", "activation")))
 
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """The schedules that the code and the gain allow."""
+        return SCHEDULES if self.code == "rate" and self.gain == "static" else ("layerwise",)
+
     def check(self) -> None:
         """Raise for settings that do not go together; called whenever a model is made or set to run otherwise.
 

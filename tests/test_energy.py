@@ -75,6 +75,7 @@ def test_gpt2_ann_by_hand():
         "effective_macs": 1856,
         "effective_acs": 0,
         "membrane_updates": 0,
+        "synaptic_reads": 1696,
         "energy_pj": pytest.approx(1856 * 4.6),
     }
 

@@ -39,7 +39,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("checkpoint", help="FAS causal language model, classifier or regressor: a folder, or a name on the Hub")
     add("--stock", help="the model before conversion, to compare with")
     add("--T", type=int, nargs="+", default=[2, 4, 8], help="timesteps (default: 2 4 8)")
-    add("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES), help="default: both")
+    add(
+        "--schedule",
+        nargs="+",
+        choices=SCHEDULES,
+        help="default: stepwise and layerwise, as far as the model's code allows",
+    )
     add("--task_name", help="GLUE task; finds the columns and the metric")
     add("--dataset_name", help="data set: a folder of parquet, csv or json files, or a name on the Hub")
     add("--dataset_config_name", help="configuration, or sub-folder, of it")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layout import Placed, auto_class, core_of, products, sites
+from ..layout import MEETS, Placed, auto_class, core_of, products, sites
 
 
 MAC_PJ = 4.6  # picojoules per 32-bit float multiply-accumulate at 45 nm (Horowitz 2014)
@@ -20,7 +20,7 @@ AC_PJ = 0.9  # and per accumulate
 
 # "ann": T = 0, on hardware that multiplies everything. "replicated": stepwise as the paper describes it, every layer
 # and the head T times, what is the same at all timesteps included.
-EXECUTIONS = ("ann", "stepwise", "layerwise", "replicated")
+EXECUTIONS = ("ann", "stepwise", "layerwise", "accumulated", "replicated")
 
 NOT_COUNTED = (
     "memory traffic (weights, activations, membrane potentials, key-value cache)",
@@ -43,6 +43,7 @@ class Operations:
         effective_macs: MACs that remain.
         effective_acs: ACs, one for each spike and weight it meets.
         membrane_updates: Additions to membrane potentials: one a neuron and timestep, one a spike for the reset.
+        synaptic_reads: Weights fetched: one for each MAC, or one for each spike and weight it meets.
     """
 
     part: str
@@ -51,6 +52,7 @@ class Operations:
     effective_macs: float
     effective_acs: float = 0.0
     membrane_updates: float = 0.0
+    synaptic_reads: float = 0.0
 
     def energy_pj(self, mac_pj: float = MAC_PJ, ac_pj: float = AC_PJ) -> float:
         """Energy in picojoules per token; a membrane update costs an accumulate."""
@@ -66,6 +68,7 @@ class _Part:
     macs: float = 0.0
     neurons: float = 0.0
     site: str | None = None  # the site whose spikes the product takes, or the site itself
+    weighed: bool = False  # has weights
     once: bool = False  # runs once in stepwise mode too: before the first site, or on the time average
 
 
@@ -108,23 +111,25 @@ def count_operations(
     spiking = execution != "ann"
     counted = []
     for part in _parts(core_of(model), length, keys):
-        repeated = execution == "replicated" or (execution == "stepwise" and not part.once)
+        repeated = execution == "replicated" or (execution in ("stepwise", "accumulated") and not part.once)
         dense = part.macs * (T if repeated else 1)
         macs, acs, updates = dense, 0.0, 0.0
-        if spiking and part.site is not None:
+        # Accumulated, attention sees running means of what spikes.
+        if spiking and part.site is not None and not (execution == "accumulated" and part.name in MEETS):
             spikes = T * _share("spike_rates", spike_rates, part.site)
             macs, acs, updates = 0.0, spikes * part.macs, part.neurons * (T + spikes)
         elif part.site is not None and densities is not None:
             macs = dense * _share("densities", densities, part.site)
+        reads = (macs or acs) if part.weighed else 0.0
         if spiking or not part.neurons:
-            counted.append(Operations(part.name, part.layer, dense, macs, acs, updates))
+            counted.append(Operations(part.name, part.layer, dense, macs, acs, updates, reads))
     return counted
 
 
 def total(operations: Iterable[Operations], mac_pj: float = MAC_PJ, ac_pj: float = AC_PJ) -> dict[str, float]:
     """Sum of operations, and their energy."""
     operations = list(operations)
-    names = ("dense", "effective_macs", "effective_acs", "membrane_updates")
+    names = ("dense", "effective_macs", "effective_acs", "membrane_updates", "synaptic_reads")
     sums = {name: float(sum(getattr(each, name) for each in operations)) for name in names}
     return sums | {"energy_pj": float(sum(each.energy_pj(mac_pj, ac_pj) for each in operations))}
 
@@ -151,7 +156,8 @@ def energy_report(
             [`count_operations`].
 
     Returns:
-        The sums, `ratio` to the ANN (above 1: the spiking network costs more), with densities
+        The sums, `ratio` to the ANN (above 1: the spiking network costs more), `reads_ratio` in the same way (a
+        code of more than one spike an input reads more weights than the ANN), with densities
         `ratio_to_zero_skipping_ann`, and `operations`, one mapping for each product.
     """
     if mac_pj < 0 or ac_pj < 0:
@@ -164,9 +170,11 @@ def energy_report(
 
     shares = {} if execution == "ann" else {"spike_rates": spike_rates}
     operations, sums = energy(execution, **shares)
-    ann = energy("ann")[1]["energy_pj"]
+    plain = energy("ann")[1]
+    ann = plain["energy_pj"]
     report: dict[str, Any] = {"execution": execution, "T": T, "length": length, **length_settings, **sums}
     report |= {"mac_pj": mac_pj, "ac_pj": ac_pj, "ann_energy_pj": ann, "ratio": sums["energy_pj"] / ann}
+    report |= {"reads_ratio": sums["synaptic_reads"] / plain["synaptic_reads"]}
     if densities is not None:
         skipping = energy("ann", densities=densities)[1]["energy_pj"]
         report |= {"zero_skipping_ann_energy_pj": skipping}
@@ -189,7 +197,8 @@ def _parts(model: Any, length: float, keys: float) -> Iterator[_Part]:
         if each.site is not None and each.layer is not None:
             yield _neurons(placed.pop(each.site))
         macs = sum(weight.weight.numel() for weight in each.weights) / per if each.weights else attention
-        yield _Part(product.name, each.layer, macs, site=each.site, once=product.once or not spiked)
+        once = product.once or not spiked
+        yield _Part(product.name, each.layer, macs, site=each.site, weighed=bool(each.weights), once=once)
         for name in [name for name, site in placed.items() if site.layer is None and site.site.group == product.name]:
             yield _neurons(placed.pop(name), per)
 

@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from configuration_fas import SCHEDULES
-
 from ..layout import auto_class, predicts_next
 from ..metrics import METRICS
 from .energy import AC_PJ, MAC_PJ, energy_report
 from .monitors import SiteErrors, SpikeMonitor
-from .rows import PERPLEXITY, Mode, modes, quality_of
+from .rows import PERPLEXITY, Mode, modes, quality_of, schedules_of
 
 
 LATENCY_ROUNDS = 3
@@ -32,7 +30,7 @@ def evaluate(
     *,
     metric: str,
     timesteps: Sequence[int],
-    schedules: Sequence[str] = SCHEDULES,
+    schedules: Sequence[str] | None = None,
     stock: Any = None,
     split: str = "validation",
     batch_size: int = 8,
@@ -68,6 +66,7 @@ def evaluate(
         ValueError: for anything missing or out of range, before anything runs.
     """
     _check(model, examples, metric, timesteps, schedules, batch_size)
+    schedules = schedules or schedules_of(model)
     results: dict[str, Any] = {"rows": []} | copy.deepcopy(dict(finished or {}))
     batches = make_batches(examples, batch_size, pad_token_id, model.device)
     tokens = sum(len(example["input_ids"]) for example in examples)
@@ -87,10 +86,11 @@ def evaluate(
                     row["energy"] = _energy(model, row, qcfs, **energy)
                 results["rows"].append(row)
                 save()
-        if "stepwise" in schedules and "early_exit" not in results:
+        exits = next((each for each in ("stepwise", "accumulated") if each in schedules), None)
+        if exits and "early_exit" not in results:
             T = max(timesteps)
-            curve = early_exit_curve(model, batches, T, metric=metric, progress=progress)
-            results["early_exit"] = {"schedule": "stepwise", "T": T, "curve": curve}
+            curve = early_exit_curve(model, batches, T, metric=metric, schedule=exits, progress=progress)
+            results["early_exit"] = {"schedule": exits, "T": T, "curve": curve}
             save()
         if "latency" not in results:
             results["latency"] = measure_latency(model, batches, asked, stock, progress)
@@ -99,9 +99,9 @@ def evaluate(
 
 
 def early_exit_curve(
-    model: Any, batches: Sequence[Batch], T: int, *, metric: str, progress: bool = True
+    model: Any, batches: Sequence[Batch], T: int, *, metric: str, schedule: str = "stepwise", progress: bool = True
 ) -> list[dict[str, Any]]:
-    """Quality at every t ≤ T of one stepwise run, read off the time average of its first t steps.
+    """Quality at every t ≤ T of one stepwise or accumulated run, read off the time average of its first t steps.
 
     Steps do not look ahead, so that t of a longer run equals a run of t steps. Layerwise there is nothing to exit
     from: a layer starts when the one before it has done all its steps.
@@ -111,6 +111,7 @@ def early_exit_curve(
         batches: From [`make_batches`].
         T: Timesteps of the run.
         metric: As in [`evaluate`].
+        schedule: `"stepwise"` or `"accumulated"`.
 
     Returns:
         One mapping for each t: `t` and the quality.
@@ -122,7 +123,7 @@ def early_exit_curve(
             at_once = max(1, len(batch["labels"]) // T)  # logits of T times as many rows
             for start in range(0, len(batch["labels"]), at_once):
                 part = {name: value[start : start + at_once] for name, value in batch.items()}
-                for t, logits in enumerate(model.early_exit(T, **_inputs(part))):
+                for t, logits in enumerate(model.early_exit(T, schedule, **_inputs(part))):
                     rows[t].append(quality.of(logits, part["labels"]))
     return [{"t": t, **quality.result(_joined(found))} for t, found in enumerate(rows, start=1)]
 
@@ -238,13 +239,13 @@ def _measure(
 
 def _energy(model: Any, row: dict[str, Any], qcfs: Any, **settings: Any) -> dict[str, Any]:
     """Energy of a row from its own spike rates, beside the ANN with and without skipping zeros."""
-    densities = {site["site"]: site["density"] for site in qcfs["sites"]}
+    densities = {site["site"]: site["density"] for site in qcfs["sites"] if site["density"] is not None} or None
     if not row["T"]:
         return energy_report(model, execution="ann", densities=densities, **settings)
     rates = {site["site"]: site["spike_rate"] for site in row["sites"]}
     settings |= {"T": row["T"], "spike_rates": rates, "densities": densities}
     report = energy_report(model, execution=row["schedule"], **settings)
-    if row["schedule"] == "stepwise":
+    if row["schedule"] == "stepwise" and model.config.sites == "mlp":
         report["ratio_replicated"] = energy_report(model, execution="replicated", **settings)["ratio"]
     return report
 
@@ -259,8 +260,9 @@ def _check(model: Any, examples: Any, metric: str, timesteps: Any, schedules: An
         known = PERPLEXITY if causal else ", ".join(METRICS)
         raise ValueError(f"`metric` must be one of {known} for {type(model).__name__}, got {metric!r}.")
     check_timesteps(timesteps)
-    if not schedules or any(schedule not in SCHEDULES for schedule in schedules):
-        raise ValueError(f"`schedules` must be some of {', '.join(SCHEDULES)}, got {list(schedules)}.")
+    allowed = model.config.schedules
+    if schedules is not None and (not schedules or any(schedule not in allowed for schedule in schedules)):
+        raise ValueError(f"`schedules` must be some of {', '.join(allowed)}, got {list(schedules)}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     if not len(examples):

@@ -54,7 +54,7 @@ class SiteStatistics:
     @property
     def density(self) -> float | None:
         """Share of the emitted values that are not 0; `None` where they are not counted."""
-        if self.active is None:
+        if self.active is None or not self.values:
             return None
         return (self.active / max(self.values, 1)).mean().item()
 

@@ -10,13 +10,18 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from configuration_fas import SCHEDULES
-
 from ..metrics import METRICS
 from ..results import MODES
 
 
 PERPLEXITY = "perplexity"
+# Measured where nothing is said; "accumulated" is asked for by name.
+DEFAULT_SCHEDULES = ("stepwise", "layerwise")
+
+
+def schedules_of(model: Any) -> list[str]:
+    """Of [`DEFAULT_SCHEDULES`], those that a model can run in."""
+    return [each for each in DEFAULT_SCHEDULES if each in model.config.schedules]
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Mode:
 
 
 def modes(
-    timesteps: Sequence[int], schedules: Sequence[str] = SCHEDULES, *, stock: bool = False, fas: bool = True
+    timesteps: Sequence[int], schedules: Sequence[str] = DEFAULT_SCHEDULES, *, stock: bool = False, fas: bool = True
 ) -> list[Mode]:
     """Every mode to measure, in the order of the rows: stock model, QCFS ANN, spiking network by schedule and T.
 

@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from ..data import AnyDataset
 from .monitors import SpikeMonitor
-from .rows import modes
+from .rows import modes, schedules_of
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def evaluate_trainer(
     model: Any = trainer.model
     fas = hasattr(model, "neurons")
     rows = []
-    for mode in modes(timesteps, stock=not fas, fas=fas):
+    for mode in modes(timesteps, schedules_of(model) if fas else (), stock=not fas, fas=fas):
         for split, dataset in splits.items():
             start = time.perf_counter()
             with mode.of(model, stock=model), SpikeMonitor(model) if mode.T else nullcontext() as monitor:

@@ -39,6 +39,7 @@ def probe_logits(model) -> dict[str, torch.Tensor]:
         (T, schedule)
         for T in sorted({2, config.T, config.calib_T or 2} - {0})
         for schedule in ("stepwise", "layerwise")
+        if schedule in getattr(config, "schedules", ("stepwise", "layerwise"))  # code of 0.1 knows both
     ]
     before = config.T, config.schedule
     model.eval()
