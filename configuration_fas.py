@@ -291,6 +291,8 @@ _DEFAULTS: dict[str, Any] = {
 }
 # Keys of every configuration that are no attribute of a fresh one.
 _GENERIC_KEYS = {"attn_implementation", "auto_map", "dtype", "name_or_path", "num_labels", "torch_dtype"}
+# Settings of rotary positions in transformers 5, and in 4; either reads both.
+_ROPE_KEYS = {"rope_parameters", "rope_scaling", "rope_theta"}
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -401,6 +403,7 @@ class FASConfig(PretrainedConfig):
         """
         own = [*_DEFAULTS, "initial_threshold"]
         stock = set(vars(self._stock_class())) | set(self.attribute_map) if self._stock_class else set()
+        stock |= _ROPE_KEYS if stock & _ROPE_KEYS else set()
         for key in kwargs.keys() - stock - _GENERIC_KEYS:
             near = [name for name in own if name.lower() == key.lower()] or get_close_matches(key, own, 1, 0.75)
             near = near or ([] if from_file else get_close_matches(key, [*own, *stock], 1, 0.75))
