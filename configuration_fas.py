@@ -387,6 +387,8 @@ _GENERIC_KEYS = {
     "num_labels",
     "torch_dtype",
 }
+# Settings of rotary positions in transformers 5, and in 4; either reads both.
+_ROPE_KEYS = {"rope_parameters", "rope_scaling", "rope_theta"}
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -557,6 +559,7 @@ class FASConfig(PretrainedConfig):
         """
         own = [*(self._renamed.get(name, name) for name in _DEFAULTS), "initial_threshold"]
         stock = set(vars(self._stock_class())) | set(self.attribute_map) if self._stock_class else set()
+        stock |= _ROPE_KEYS if stock & _ROPE_KEYS else set()
         for key in kwargs.keys() - stock - _GENERIC_KEYS:
             near = [name for name in own if name.lower() == key.lower()] or get_close_matches(key, own, 1, 0.75)
             near = near or ([] if from_file else get_close_matches(key, [*own, *stock], 1, 0.75))

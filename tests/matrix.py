@@ -24,6 +24,11 @@ def build_models():
     import backbones
 
     models = {f"{case[1]}-{case[0]}": backbones.model(*case) for case in backbones.HEADS if case[1] in COMPARED}
+    rope = {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    for backbone, table in backbones.BACKBONES.items():
+        if table.positions is None:
+            made = backbones.model(backbone, "AutoModelForCausalLM", **rope)
+            models[f"AutoModelForCausalLM-{backbone}-rope"] = made
     models["AutoModelForCausalLM-calibrated"] = backbones.model("gpt2", "AutoModelForCausalLM").begin_calibration(T=4)
     return models
 

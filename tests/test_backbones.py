@@ -174,6 +174,25 @@ def test_copies_are_independent_and_run_as_their_own_configuration(case):
     assert model.config.T == 4 and all(neuron.T == 4 for _, neuron in model.neurons())
 
 
+FLEX = {"attn_implementation": "flex_attention"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_flexible_attention_is_refused_when_built_loaded_or_set(case, tmp_path):
+    model = backbones.model(*case, T=3)
+    said = rf"{type(model).__name__} does not support .*flex_attention"
+    with pytest.raises(ValueError, match=said):
+        backbones.model(*case, T=3, **FLEX)
+    with pytest.raises(ValueError, match=said):
+        model.set_attn_implementation("flex_attention")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        type(model).from_pretrained(tmp_path, T=3, **FLEX)
+    # What was refused has changed nothing.
+    assert {each.config._attn_implementation for each in (model, model.base_model)} == {"sdpa"}
+    assert backbones.first_output(model(**backbones.batch(*case))).isfinite().all()
+
+
 def test_every_model_of_the_table_is_there_and_no_other():
     import modeling_fas
 

@@ -5,8 +5,10 @@ import logging
 import pickle
 
 import pytest
+import torch
 from transformers import AutoConfig, BertConfig, GPT2Config
 
+import backbones
 import tiny
 from configuration_fas import FASBertConfig, FASConfig, FASGPT2Config
 
@@ -92,6 +94,31 @@ def test_a_misspelt_key_warns(key, meant, caplog, monkeypatch):
     FASConfig(backbone="bert", **{key: 3})
     assert f"`{key}` is not a setting of `FASBertConfig`" in caplog.text
     assert f"Did you mean `{meant}`?" in caplog.text
+
+
+ROTARY = [name for name, table in backbones.BACKBONES.items() if table.positions is None]
+ROPE = {
+    "transformers 4": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "transformers 5": {"rope_parameters": {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}},
+}
+
+
+@pytest.mark.parametrize("backbone", ROTARY)
+@pytest.mark.parametrize("written", ROPE)
+def test_settings_of_rotary_positions_go_by_either_name(backbone, written, caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = backbones.model(backbone, "AutoModelForCausalLM", **ROPE[written])
+    model.config.save_pretrained(tmp_path)
+    for each in (model, type(model)(FASConfig.from_pretrained(tmp_path))):
+        found = each.model.rotary_emb.inv_freq
+        torch.testing.assert_close(found, 500.0 ** -torch.arange(0, 1, 1 / len(found)) / 2)
+    assert "is not a setting" not in caplog.text
+
+
+def test_a_backbone_without_rotary_positions_has_no_settings_for_them(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    FASConfig(backbone="bert", rope_theta=500.0)
+    assert "`rope_theta` is not a setting of `FASBertConfig`" in caplog.text
 
 
 def test_a_missing_or_contradicting_backbone_is_refused(tmp_path):

@@ -138,6 +138,20 @@ def test_thresholds_by_position_go_by_the_position_ids_of_encoders(backbone, T, 
         torch.testing.assert_close(found[-len(row) :], alone(model, row), **EXACT)
 
 
+# GPT-2 of transformers 4 drops what its trunk could take.
+@pytest.mark.parametrize("backbone", [name for name in PACKABLE if name not in LEARNED])
+@torch.no_grad()
+def test_lengths_of_packed_texts_are_refused_where_rows_are_repeated(backbone):
+    rows = texts(7, 1, 5)
+    lengths = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([{"input_ids": row} for row in rows])
+    assert "cu_seq_lens_q" in lengths
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` must not be given in stepwise mode"):
+        spiking(backbone, 4, "stepwise")(**lengths, use_cache=False)
+    for T, schedule in ((0, "stepwise"), (1, "stepwise"), (4, "layerwise")):
+        model = spiking(backbone, T, schedule)
+        assert torch.equal(model(**lengths, use_cache=False).logits, model(**packed(rows)).logits)
+
+
 @pytest.mark.parametrize("T, schedule", MODES)
 @pytest.mark.parametrize("granularity", ["neuron", "position"])
 def test_training_on_packed_texts_is_training_on_rows(T, schedule, granularity):

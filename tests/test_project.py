@@ -88,6 +88,39 @@ def test_hub_files_import_only_what_a_checkpoint_may_rely_on(name):
     assert {module for module in modules if module not in allowed and module.split(".")[0] not in allowed} == set()
 
 
+def private_names(tree: ast.Module) -> set[str]:
+    """Names that begin with an underscore and are imported, or reached through `transformers.`, in a file."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.update(f"{node.module or ''}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("transformers."):
+            names.add(ast.unparse(node))
+    private = r"(^|\.)_(?!_\w+__$)"
+    return {name for name in names if name.startswith("transformers") and re.search(private, name)}
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_hub_files_import_no_private_name_of_transformers(name):
+    assert private_names(ast.parse((ROOT / name).read_text())) == set()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from transformers.modeling_utils import _load_state_dict_into_model",
+        "def late():\n    from transformers._typing import TransformersLogger",
+        "import transformers.models._private.thing",
+        "import transformers\ntransformers.modeling_utils._init_weights",
+        "import transformers\ntransformers._class_to_module['BertModel']()",
+    ],
+)
+def test_a_private_name_of_transformers_would_be_found(code):
+    assert len(private_names(ast.parse(code))) == 1
+
+
 def test_triton_is_imported_inside_one_function_only():
     tree = ast.parse((ROOT / "neurons_fas.py").read_text())
     importing = [

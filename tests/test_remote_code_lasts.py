@@ -37,7 +37,9 @@ def test_a_checkpoint_of_every_release_runs_on_the_code_of_today(release, name):
     folder = FROZEN / release / name
     config = json.loads((folder / "config.json").read_text())
     assert config["fas_version"] == release
-    model = ARCHITECTURES[config["architectures"][0]].from_pretrained(folder)
+    model, report = ARCHITECTURES[config["architectures"][0]].from_pretrained(folder, output_loading_info=True)
+    assert type(model).__module__ == "modeling_fas"
+    assert not any(report[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for run, logits in probe_logits(model).items():
         # Another machine may order its sums otherwise; 1e-5 is far below one spike (about 0.1 here).
         torch.testing.assert_close(logits, expected(release, name)[run], atol=1e-5, rtol=0, msg=run)
@@ -58,6 +60,22 @@ for folder, model in models.items():
     save_file(clean_load.probe_logits(model), folder + "/found.safetensors")
     print(folder, model.config.fas_version, sys.modules[type(model).__module__].__version__)
 """
+
+
+@torch.no_grad()
+def test_the_code_of_today_gives_what_the_code_of_every_release_gives_here(tmp_path, run_outside):
+    """Bit for bit: on one machine, and so with sums in one order."""
+    from training.publish import clean_load
+
+    folders = {case: assemble(*case, tmp_path / "-".join(case)) for case in CASES}
+    said = run_outside(["-c", LOAD_ALL, clean_load.__file__, *map(str, folders.values())])
+    assert [line.split()[2] for line in said.splitlines()] == [release for release, _ in CASES]
+    for (release, name), folder in folders.items():
+        architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+        found = load_file(folder / "found.safetensors")
+        assert found.keys() == expected(release, name).keys()
+        for run, logits in probe_logits(ARCHITECTURES[architecture].from_pretrained(FROZEN / release / name)).items():
+            assert torch.equal(logits, found[run]), f"{name} {run}"
 
 
 @pytest.mark.slow
