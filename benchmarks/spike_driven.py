@@ -1,0 +1,131 @@
+"""Spikes into every product without training: quality, spikes, energy and reads of each code, beside the stock model.
+
+    python -m benchmarks.spike_driven prose|smollm2 [--windows 200]
+
+Thresholds are fitted to training text (prose) or to the end of the validation text (WikiText, of which we have no other
+part), never to the windows that are judged. A row is saved as it ends; the same command goes on from there.
+"""
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from fas import SpikeMonitor, convert_to_spiking, energy_report
+from training import layout
+from training.results import commit, fingerprint, markdown_table, read_results, write_results
+
+
+SHARED = Path(os.environ.get("FAS_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+RESULTS = Path(__file__).parent / "results" / "spike_driven"
+MODELS = {
+    "prose": (SHARED / "models" / "gpt2-prose-mini", "data/prose/validation.parquet", "data/prose/train.parquet", 128),
+    "smollm2": (Path(os.environ.get("SMOLLM2", "smollm2")), "data/wikitext-103/validation.parquet", None, 256),
+}
+SETTINGS = [
+    {"sites": "all", "code": "phase", "T": 3},
+    {"sites": "all", "code": "phase", "T": 4},
+    {"sites": "all", "code": "phase", "T": 5},
+    {"sites": "all", "code": "phase", "T": 6},
+    {"sites": "all", "code": "phase", "T": 7},
+    {"sites": "all", "code": "first_spike", "T": 8, "code_base": 2**0.5},
+    {"sites": "all", "code": "first_spike", "T": 16, "code_base": 1.2},
+    {"sites": "all", "code": "first_spike", "T": 24, "code_base": 1.2},
+    {"sites": "linear", "code": "phase", "T": 5},
+    {"sites": "linear", "code": "rate", "T": 16, "schedule": "layerwise", "gain": "static"},
+    {"sites": "linear", "code": "rate", "T": 16, "schedule": "accumulated", "gain": "static"},
+]
+LENGTH = 256  # tokens that energy is counted at
+
+
+def windows(tokenizer, path: Path, length: int, count: int, skip: int = 0) -> torch.Tensor:
+    """Rows of running text, `(count, length)`."""
+    ids: list[int] = []
+    separator = tokenizer.eos_token if path.parent.name == "prose" else ""
+    for text in pq.read_table(path).column(0).to_pylist():
+        ids += tokenizer(text + separator, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= (skip + count) * length:
+            break
+    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    return rows[skip : skip + count]
+
+
+@torch.inference_mode()
+def perplexity(model, rows: torch.Tensor) -> float:
+    losses = [model(row[None], labels=row[None]).loss.item() for row in rows]
+    return math.exp(sum(losses) / len(losses))
+
+
+def judge(path, row, rows, calibration) -> dict:
+    """Convert the model by a row of settings and measure it."""
+    start = time.perf_counter()
+    settings = {name: value for name, value in row.items() if value is not None}
+    model = convert_to_spiking(path, calibration, progress=False, **settings)
+    seconds = time.perf_counter() - start
+    measured = {"perplexity": perplexity(model, rows)}
+    with torch.inference_mode(), SpikeMonitor(model) as monitor:
+        for each in rows[:8]:
+            model(each[None])
+    T, rates = model.config.T, monitor.spike_rates()
+    report = energy_report(model, LENGTH, execution=model.config.schedule, T=T, spike_rates=rates, causal=True)
+    by_group: dict[str, list[tuple[float, int]]] = {}
+    for placed in layout.sites(model):
+        by_group.setdefault(placed.site.group, []).append((rates[placed.name], placed.neuron.width))
+    groups = {
+        f"spikes, {group}": T * sum(rate * width for rate, width in entries) / sum(width for _, width in entries)
+        for group, entries in by_group.items()
+    }
+    return measured | {
+        "spikes": monitor.spike_rate * T,
+        "energy": report["ratio"],
+        "reads": report["reads_ratio"],
+        "conversion_seconds": seconds,
+        "weights_sha256": fingerprint(model),
+        "commit": commit(),
+        **groups,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--windows", type=int, default=200)
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    path, judged, other, length = MODELS[args.model]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rows = windows(tokenizer, SHARED / judged, length, args.windows)
+    few = 768 // length
+    skip = 1000 if other else args.windows + 20
+    calibration = windows(tokenizer, SHARED / (other or judged), length, few, skip)
+    output = RESULTS / f"{args.model}.json"
+    configuration = {
+        "model": path.name,
+        "judged": judged,
+        "windows": len(rows),
+        "length": length,
+        "calibration": f"{other or judged}, {few} windows from number {skip} on",
+        "energy_length": LENGTH,
+    }
+    done = read_results(output)["metrics"] if output.is_file() else []
+    if not done:
+        stock = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
+        done = [{"sites": "–", "code": "stock", "perplexity": perplexity(stock, rows), "commit": commit()}]
+    for settings in SETTINGS:
+        row = {"schedule": "layerwise", "code_base": None, "gain": None} | settings
+        if not any(row.items() <= each.items() for each in done):
+            done.append(row | judge(path, row, rows, calibration))
+            done[-1]["over_stock"] = done[-1]["perplexity"] / done[0]["perplexity"]
+            write_results(output, metrics=done, configuration=configuration)
+            print(markdown_table(done[-1:]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
