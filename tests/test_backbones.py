@@ -12,6 +12,7 @@ import naive
 from backbones import CASES, CAUSAL, HEADS, NOT_LINEAR
 from configuration_fas import BACKBONES
 from outside import run_outside
+from sites_fas import trunk
 
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
@@ -202,3 +203,14 @@ def test_every_model_of_the_table_is_there_and_no_other():
     assert all(
         issubclass(getattr(modeling_fas, name), getattr(transformers, name.removeprefix("FAS"))) for name in named
     )
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_stock_blocks_are_built_once(case, monkeypatch):
+    block = type(trunk(backbones.model(*case)).get_submodule(BACKBONES[case[0]].blocks)[0])
+    built, init = [], block.__init__
+    monkeypatch.setattr(
+        block, "__init__", lambda self, *args, **kwargs: (built.append(1), init(self, *args, **kwargs))[1]
+    )
+    model = backbones.model(*case)
+    assert len(built) == model.config.num_hidden_layers == 3

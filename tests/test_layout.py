@@ -9,6 +9,7 @@ import backbones
 from backbones import CASES, HEADS
 from training import layout
 from training.calibrate import calibration_loss, coarse_search, fold_thresholds
+from training.calibrate.loss import recorded
 from training.evaluate import SpikeMonitor, count_operations
 
 
@@ -109,3 +110,25 @@ def test_folding_changes_nothing_but_what_travels(case, T, schedule):
     if T and schedule == "stepwise":
         assert all(each.unique().tolist() in ([0, 1], [-1, 0, 1]) for each in map(torch.round, emitted))
         assert all(torch.allclose(each, each.round()) for each in emitted)
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "position"])
+@pytest.mark.parametrize("backbone", ["gpt2", "bert", "llama", "qwen3"])
+def test_the_variance_over_time_is_that_of_the_spikes(backbone, granularity):
+    """Of sites that spike both ways too, whose spikes may cancel in the average."""
+    case = (backbone, "AutoModelForSequenceClassification")
+    model, inputs = backbones.model(*case).double(), backbones.batch(*case)
+    model.begin_calibration(5, granularity, 9)
+    with torch.no_grad():
+        for _, neuron in model.neurons():
+            neuron.fine_threshold.uniform_(0.4, 1.2)
+    trains = {}
+    with torch.no_grad(), model.running(5, "stepwise"), recorded(model) as emitted:
+        for name, neuron in model.neurons():
+            neuron.register_forward_hook(
+                lambda neuron, _inputs, output, name=name: trains.__setitem__(name, output.unflatten(0, (5, -1)))
+            )
+        model(**inputs)
+        for name, train in trains.items():
+            torch.testing.assert_close(emitted[name].average, train.mean(0))
+            torch.testing.assert_close(emitted[name].variance(), train.var(0, correction=0))
