@@ -1,4 +1,4 @@
-"""Every example of docs/use.md runs, in one process that cannot import this repository."""
+"""Every example of docs/use.md runs: in a process that cannot import this repository, but for those that need it."""
 
 import importlib.util
 import re
@@ -10,18 +10,27 @@ from checkpoints import tiny_checkpoint
 
 
 TEXT = (Path(__file__).parents[1] / "docs" / "use.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"<!-- example: (\w+)( peft)? -->\n```python\n(.*?)```", TEXT, re.DOTALL)
+EXAMPLES = re.findall(r"<!-- example: (\w+)( peft| project)? -->\n```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_every_block_of_python_is_tested():
-    assert len(EXAMPLES) == TEXT.count("```python") == 5
+    assert len(EXAMPLES) == TEXT.count("```python") == 6
+
+
+def test_the_examples_with_the_project_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chosen = [code for _, needs, code in EXAMPLES if needs == " project"]
+    assert chosen
+    for code in chosen:
+        exec(code, {})
 
 
 @pytest.mark.slow
 def test_the_examples_run(tmp_path, run_outside):
     for kind in ("gpt2", "mlm", "classifier"):
         tiny_checkpoint(tmp_path / "user" / kind, kind, results=False)
-    chosen = [code for _, peft, code in EXAMPLES if not peft or importlib.util.find_spec("peft")]
+    outside = [(needs, code) for _, needs, code in EXAMPLES if needs != " project"]
+    chosen = [code for needs, code in outside if not needs or importlib.util.find_spec("peft")]
     script = tmp_path / "examples.py"
     script.write_text("\n".join(f"exec({code!r}, {{}}); print('ran')" for code in chosen))
     assert run_outside([str(script)]).count("ran\n") == len(chosen)
