@@ -110,7 +110,7 @@ def test_settings_of_rotary_positions_go_by_either_name(backbone, written, caplo
     model = backbones.model(backbone, "AutoModelForCausalLM", **ROPE[written])
     model.config.save_pretrained(tmp_path)
     for each in (model, type(model)(FASConfig.from_pretrained(tmp_path))):
-        found = each.model.rotary_emb.inv_freq
+        found = each.base_model.rotary_emb.inv_freq
         torch.testing.assert_close(found, 500.0 ** -torch.arange(0, 1, 1 / len(found)) / 2)
     assert "is not a setting" not in caplog.text
 
