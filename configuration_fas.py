@@ -695,6 +695,11 @@ CONFIGURATIONS: tuple[type[FASConfig], ...] = (
 )
 
 
+def positions_of(config: Any) -> int:
+    """Tokens that a model of the table has positions for, from its configuration, stock or FAS."""
+    return config.max_position_embeddings + (BACKBONES[config.model_type.removeprefix("fas_")].positions or 0)
+
+
 def _config_class(config_dict: dict[str, Any]) -> type[FASConfig]:
     """The configuration class for a `backbone` or, failing that, a `model_type`."""
     name = config_dict.get("backbone", config_dict.get("model_type"))

@@ -24,10 +24,11 @@ try:
         integrate_and_fire,
         spike_count,
         spike_rate,
+        spike_train,
     )
 except ImportError:
     from configuration_fas import Site
-    from neurons_fas import MIN_THRESHOLD, encode, integrate_and_fire, spike_count, spike_rate
+    from neurons_fas import MIN_THRESHOLD, encode, integrate_and_fire, spike_count, spike_rate, spike_train
 
 
 class _Call(threading.local):
@@ -138,6 +139,17 @@ class FASNeuron(nn.Module):
         if self.stepwise:
             return spike_count(emitted.unflatten(0, (self.T, -1)), threshold, 1, "rate").flatten(0, 1)
         return spike_count(emitted, threshold, self.T or self.L or 1, self.code if self.T else "rate")
+
+    @torch.no_grad()
+    def trains(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Spikes that the site answers with, step by step, `(T, B, …, D)`: -1, 0 or 1."""
+        threshold, potential = self._running(hidden_states)
+        if not self.stepwise and self.code != "rate":
+            return spike_train(hidden_states, threshold, self.T, self.code, self.code_base, self.signed)
+        steps = hidden_states.unflatten(0, (self.T, -1)) if self.stepwise else hidden_states[None]
+        start = torch.full_like(threshold, 0.5) if potential is None else potential
+        emitted = integrate_and_fire(steps, threshold, start, self.T, self.signed)
+        return (emitted / threshold.clamp(min=MIN_THRESHOLD)).round()
 
     def _running(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Threshold and initial potential for an input; the threshold is `(B, S, D)` where it goes by token."""

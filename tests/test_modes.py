@@ -278,3 +278,30 @@ def test_the_settings_survive_saving(tmp_path):
         inputs = backbones.batch(backbone, "AutoModelForSequenceClassification")
         assert (again.L, again.code, again.placed) == (None, "first_spike", model.config.placed)
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"T": 4, "schedule": "stepwise"},
+        {"T": 4, "schedule": "accumulated"},
+        {"T": 4, "schedule": "layerwise"},
+        {"T": 3, "schedule": "layerwise", "code": "phase", "gain": "token"},
+        {"T": 6, "schedule": "layerwise", "code": "first_spike"},
+    ],
+    ids=["stepwise", "accumulated", "layerwise", "phase", "first-spike"],
+)
+def test_the_trains_of_a_site_are_the_spikes_it_counts(settings):
+    model = backbones.model("llama", "AutoModelForCausalLM", sites="all", **STOCK, **settings)
+    seen = []
+    for _, neuron in model.neurons():
+        neuron.register_forward_hook(
+            lambda neuron, given, _out: seen.append((neuron.trains(given[0]), neuron.count_spikes(given[0])))
+        )
+    with torch.no_grad():
+        model(**backbones.batch("llama", "AutoModelForCausalLM"))
+    assert len(seen) == len(model.neurons())
+    for trains, counts in seen:
+        assert set(trains.unique().tolist()) <= {-1, 0, 1} and trains.any()
+        total = trains.abs().flatten(0, 1) if len(counts) == len(trains.flatten(0, 1)) else trains.abs().sum(0)
+        assert torch.equal(total, counts)

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding
 
+from configuration_fas import positions_of
+
 from .data import load_raw
 from .evaluate.rows import TaskMetric, for_trainer
 from .runner import Run, load_model, show_messages, start, train_and_evaluate
@@ -25,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args, data = run.training, run.data
     check_task_name(data.task_name)
     trained = check_trained(run)
-    length = data.max_seq_length = min(data.max_seq_length or DEFAULT_LENGTH, run.config.max_position_embeddings)
+    length = data.max_seq_length = min(data.max_seq_length or DEFAULT_LENGTH, positions_of(run.config))
     data.pad_to_max_length |= run.model.granularity == "position" and run.stage == "calibrate"
 
     splits = select_splits(load_raw(data), data, args.do_train, args.do_eval)

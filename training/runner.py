@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer, set_seed
 
 import modeling_fas
-from configuration_fas import BACKBONES, FASConfig
+from configuration_fas import BACKBONES, FASConfig, positions_of
 
 from .arguments import (
     AUTO_CLASSES,
@@ -86,7 +86,7 @@ class Run:
 
 def text_length(run: Run, flag: str) -> int:
     """Return the tokens of a text: as asked for by `flag` or else its twin, by default the positions, at most 1024."""
-    positions = run.config.max_position_embeddings
+    positions = positions_of(run.config)
     size = getattr(run.data, flag) or run.data.block_size or run.data.max_seq_length or min(positions, 1024)
     if size > positions:
         raise ValueError(f"`--{flag}` must be at most the {positions} positions of the model, got {size}.")
@@ -206,7 +206,7 @@ def _begin_calibration(run: Run, model: Any) -> None:
         )
     wanted = (run.model.calib_T, run.model.granularity)
     if model.config.calib_T is None:
-        length = model.config.max_position_embeddings
+        length = positions_of(model.config)
         length = min(length, run.data.block_size or run.data.max_seq_length or length)
         model.begin_calibration(*wanted, length=length if run.model.granularity == "position" else None)
         run.starts_calibration = True

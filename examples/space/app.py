@@ -5,7 +5,6 @@
 
 import argparse
 import os
-import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,18 +49,10 @@ def load(checkpoint: str, revision: str | None):
 @torch.no_grad()
 def watch(model, inputs) -> list[Site]:
     """Run the spiking network once and return every spike of every site, in the order the sites run in."""
-    code = sys.modules[type(model).__module__]
     sites: list[Site] = []
 
     def record(name, neuron, arguments, output):
-        threshold, potential = neuron.threshold, torch.full_like(neuron.threshold, 0.5)
-        if neuron.fine_threshold is not None:
-            rows = slice(0, output.shape[-2]) if neuron.fine_threshold.dim() == 2 else slice(None)
-            threshold, potential = neuron.fine_threshold[rows], neuron.initial_potential[rows]
-        if neuron.schedule == "layerwise":  # one value stands for the train that a constant input causes
-            trains = code.integrate_and_fire(arguments[0][None], threshold, potential, neuron.T)
-        else:
-            trains = output.unflatten(0, (neuron.T, -1))
+        trains = neuron.trains(arguments[0])
         sites.append(Site(name, (trains != 0).float()[:, 0].reshape(neuron.T, -1, neuron.width)))
 
     hooks = [neuron.register_forward_hook(partial(record, name)) for name, neuron in model.neurons()]

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as logging_of_transformers
 
 import modeling_fas
-from configuration_fas import FASConfig
+from configuration_fas import FASConfig, positions_of
 from neurons_fas import spike_count
 from sites_fas import FASNeuron
 
@@ -176,7 +176,7 @@ def _inputs(model: Any, calibration: Any, tokenizer: Any, tokens: int, length: i
 
 def _tokenized(model: Any, texts: Sequence[str], tokenizer: Any, tokens: int, length: int) -> dict[str, torch.Tensor]:
     """Rows of equal length for a causal model; else one text a row, padded."""
-    length = min(length, model.config.max_position_embeddings, tokens)
+    length = min(length, positions_of(model.config), tokens)
     if not model.config.table.causal:
         kept, used = [], 0
         for text in texts:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configuration_fas import positions_of
+
 from ..arguments import DataArguments
 from ..data import first, load_raw, require_split, text_column
 from ..layout import predicts_next
@@ -34,7 +36,7 @@ def load_examples(args: Namespace, model: Any, tokenizer: Any) -> Examples:
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"`--limit` must be at least 1, got {args.limit}.")
     source = {name: getattr(data, name) for name in names} | {"limit": args.limit}
-    limit = model.config.max_position_embeddings
+    limit = positions_of(model.config)
     if predicts_next(model):
         window = args.window or min(limit, 1024)
         stride = args.stride or window

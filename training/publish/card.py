@@ -23,6 +23,9 @@ PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMultipleChoice": "multiple-choice",
 }
 # What `quality` holds beside measures; the loss is one where there is no other.
 NO_METRIC = {"loss", "examples", "tokens"}
@@ -411,7 +414,7 @@ def _sites(config: Mapping[str, Any], table: Backbone, auto_class: str) -> int:
 def _what_spikes(table: Backbone, auto_class: str) -> str:
     """What the neurons stand in for."""
     site = table.sites[0]
-    inner = "the activation in the MLP of every block"
+    inner = "in place of the activation in the MLP of every block"
     if site.at == "input":
-        inner = f"the input of `{site.path}` in every block{', with spikes of both signs' if site.signed else ''}"
-    return " and ".join([inner, *(f"that of {name}" for name in _outer_sites(table, auto_class))])
+        inner = f"at the input of `{site.path}` in every block{', with spikes of both signs' if site.signed else ''}"
+    return " and ".join([inner, *(f"of that of {name}" for name in _outer_sites(table, auto_class))])
