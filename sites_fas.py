@@ -365,6 +365,10 @@ class Time:
             return  # the stock model says what is missing
         if 0 in inputs.shape[:2]:
             raise ValueError(f"`input_ids` must hold at least one token, got shape {tuple(inputs.shape[:2])}.")
+        if trunk.config._attn_implementation == "flex_attention":
+            raise ValueError(
+                "`attn_implementation` must not be 'flex_attention': its masks know one number of rows. Use 'sdpa'."
+            )
         if self.steps > 1 and kwargs.get("cu_seq_lens_q") is not None:
             raise ValueError(
                 "`cu_seq_lens_q` must not be given in stepwise mode, whose batch has T times the rows it speaks of. "

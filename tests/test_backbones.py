@@ -214,3 +214,11 @@ def test_stock_blocks_are_built_once(case, monkeypatch):
     )
     model = backbones.model(*case)
     assert len(built) == model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_flexible_attention_is_refused_where_it_was_set_behind_the_model(backbone):
+    model = backbones.model(backbone, "AutoModelForSequenceClassification", T=2)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="must not be 'flex_attention'.*'sdpa'"):
+        model(**backbones.batch(backbone, "AutoModelForSequenceClassification"))
