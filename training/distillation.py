@@ -113,14 +113,13 @@ class FASDistillationTrainer(CountingTrainer):
         given = {name: value for name, value in inputs.items() if name != "labels"}
         if "use_cache" in inspect.signature(extract_model_from_parallel(model).forward).parameters:
             given["use_cache"] = False
-        if self.hidden_weight:
-            given["output_hidden_states"] = True
-        outputs = model(**given, return_dict=True)
+        wanted = {"return_dict": True} | ({"output_hidden_states": True} if self.hidden_weight else {})
+        outputs = model(**given, **wanted)
         with torch.no_grad():
             known = {name: value for name, value in given.items() if name in self._teacher_takes}
-            target = self.teacher(**known, return_dict=True)
-        logits, wanted = self._judged(inputs, outputs["logits"], target["logits"])
-        loss = divergence(logits, wanted, self.temperature) / number
+            target = self.teacher(**known, **wanted)
+        logits, teacher_logits = self._judged(inputs, outputs["logits"], target["logits"])
+        loss = divergence(logits, teacher_logits, self.temperature) / number
         if self.alpha and inputs.get("labels") is not None:
             loss = loss + self.alpha * self._task_error(inputs, logits) / number
         if self.hidden_weight:
