@@ -9,6 +9,7 @@ from there.
 
 import argparse
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -21,6 +22,7 @@ from transformers.utils import logging
 
 from fas import SpikeMonitor, convert_to_spiking, energy_report
 from training.arguments import FASTrainingArguments
+from training.checkpoints import checkpoints, is_complete
 from training.distillation import FASDistillationTrainer
 from training.results import commit, fingerprint, markdown_table, read_results, write_results
 from training.trainers import FASTrainer
@@ -38,8 +40,12 @@ SETTINGS: list[dict[str, Any]] = [
     {"code": "phase", "T": 3},
     {"code": "first_spike", "T": 8, "code_base": 2**0.5},
 ]
+MOST_STEPS = 300  # no run has more: so many batches are set aside for training
 # Learning rates of weights and of thresholds, tried for so many steps, the best of which train to the end.
-RATES = ((1e-4, 1e-3), (3e-4, 3e-3), (1e-3, 3e-3))
+RATES = {
+    "phase": ((1e-4, 1e-3), (3e-4, 3e-3), (1e-3, 3e-3)),
+    "first_spike": ((1e-4, 1e-3), (3e-4, 3e-3)),
+}
 TRIED_STEPS = 25
 COMMIT = commit()  # of the code that runs, which may be edited meanwhile
 
@@ -52,9 +58,9 @@ def stock():
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval()
 
 
-def arguments(folder: str, steps: int, rates: tuple[float, float]) -> FASTrainingArguments:
+def arguments(folder: str | Path, steps: int, rates: tuple[float, float]) -> FASTrainingArguments:
     return FASTrainingArguments(
-        folder,
+        str(folder),
         max_steps=steps,
         per_device_train_batch_size=BATCH,
         learning_rate=rates[0],
@@ -63,7 +69,9 @@ def arguments(folder: str, steps: int, rates: tuple[float, float]) -> FASTrainin
         warmup_steps=min(10, steps // 4),
         weight_decay=0.0,
         logging_steps=20,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=25,
+        save_total_limit=1,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
@@ -75,16 +83,16 @@ class _Log(TrainerCallback):
         print(state.global_step, logs, flush=True)
 
 
-def distil(model, rows: torch.Tensor, steps: int, rates: tuple[float, float]) -> float:
-    """Train a model in place; returns the seconds."""
+def distil(model, rows: torch.Tensor, steps: int, rates: tuple[float, float], folder: Path) -> dict[str, Any]:
+    """Train a model in place; a killed run goes on from its last checkpoint in the folder, which is then removed."""
     data = [{"input_ids": row, "labels": row} for row in rows[: steps * BATCH]]
-    with tempfile.TemporaryDirectory() as folder:
-        args = arguments(folder, steps, rates)
-        trainer = FASDistillationTrainer(model, args, teacher=stock(), train_dataset=data, callbacks=[_Log()])
-        start = time.perf_counter()
-        trainer.train()
+    args = arguments(folder, steps, rates)
+    trainer = FASDistillationTrainer(model, args, teacher=stock(), train_dataset=data, callbacks=[_Log()])
+    complete = [path for path in checkpoints(folder) if is_complete(path)]
+    loss = trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None).training_loss
     model.eval()
-    return time.perf_counter() - start
+    shutil.rmtree(folder, ignore_errors=True)
+    return {"training_loss": loss, "training_seconds": trainer.state.log_history[-1]["train_runtime"]}
 
 
 def cost(settings: dict[str, Any], calibration: torch.Tensor, rows: torch.Tensor, repeats: int) -> dict[str, Any]:
@@ -133,12 +141,14 @@ def measured(model, rows: torch.Tensor) -> dict[str, Any]:
     return found | {"spikes": monitor.spike_rate * T, "energy": report["ratio"], "reads": report["reads_ratio"]}
 
 
-def judge(settings, steps: int, data: dict[str, torch.Tensor], before: dict[str, Any], tried: list) -> dict[str, Any]:
+def judge(
+    settings, steps: int, data: dict[str, torch.Tensor], before: dict[str, Any], tried: list, folder: Path
+) -> dict[str, Any]:
     """Choose learning rates, distil to the end, and measure."""
     best = min(tried, key=lambda each: each["held_out"])["rates"]
     model = converted(settings, data["calibration"])
     first = measured(model, data["judged"])
-    seconds = distil(model, data["train"], steps, tuple(best))
+    trained = distil(model, data["train"], steps, tuple(best), folder)
     last = measured(model, data["judged"])
     over = {
         f"{name}_over_stock{end}": found[f"perplexity{end}"] / before[f"perplexity{end}"]
@@ -146,13 +156,12 @@ def judge(settings, steps: int, data: dict[str, torch.Tensor], before: dict[str,
         for end in ("", "_16")
     }
     return {
-        "steps": steps,
         "rates": best,
         "before": first,
         "after": last,
         **over,
         "held_out": perplexity(model, data["held_out"]),
-        "training_seconds": seconds,
+        **trained,
         "weights_sha256": fingerprint(model),
         "commit": COMMIT,
     }
@@ -160,26 +169,29 @@ def judge(settings, steps: int, data: dict[str, torch.Tensor], before: dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=MOST_STEPS)
     parser.add_argument("--windows", type=int, default=200)
     parser.add_argument("--only", type=int, help="Number of the only row to measure.")
     parser.add_argument("--repeats", type=int, default=10, help="Of a step, to time it.")
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fas-distillation")
     args = parser.parse_args()
+    if not 1 <= args.steps <= MOST_STEPS:
+        parser.error(f"--steps must be from 1 to {MOST_STEPS}, got {args.steps}")
     logging.set_verbosity_error()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    text = windows(tokenizer, TRAIN, LENGTH, args.steps * BATCH + HELD_OUT + CALIBRATION)
+    text = windows(tokenizer, TRAIN, LENGTH, MOST_STEPS * BATCH + HELD_OUT + CALIBRATION)
     data = {
-        "train": text[: args.steps * BATCH],
-        "held_out": text[args.steps * BATCH :][:HELD_OUT],
+        "train": text[: MOST_STEPS * BATCH],
+        "held_out": text[MOST_STEPS * BATCH :][:HELD_OUT],
         "calibration": text[-CALIBRATION:],
         "judged": windows(tokenizer, JUDGED, LENGTH, args.windows),
     }
     configuration = {
         "model": MODEL.name,
-        "train": f"{TRAIN.name}, the first {args.steps * BATCH} windows, each once",
-        "held_out": f"the {HELD_OUT} windows after those",
+        "train": f"{TRAIN.name}, the first 8 × steps windows, each once",
+        "held_out": f"{HELD_OUT} windows from number {MOST_STEPS * BATCH} on",
         "calibration": f"the {CALIBRATION} windows after those",
         "judged": f"{JUDGED.name}, the first {len(data['judged'])} windows; _16: the first 16",
         "length": LENGTH,
@@ -204,16 +216,17 @@ def main() -> None:
         judged |= {"perplexity": perplexity(model, data["judged"]), "held_out": perplexity(model, data["held_out"])}
         keep({"kind": "stock"} | judged)
     for settings in SETTINGS if args.only is None else [SETTINGS[args.only]]:
-        for rates in RATES:
+        for rates in RATES[settings["code"]]:
             trial = {"kind": "trial", **settings, "steps": TRIED_STEPS, "rates": list(rates)}
             if not found(trial):
                 model = converted(settings, data["calibration"])
-                distil(model, data["train"], TRIED_STEPS, rates)
+                distil(model, data["train"], TRIED_STEPS, rates, args.work / f"{settings['code']}-{rates[0]}")
                 keep(trial | {"held_out": perplexity(model, data["held_out"]), "commit": COMMIT})
         tried = found({"kind": "trial", **settings})
-        row = {"kind": "distilled", "sites": "all", **settings}
+        row = {"kind": "distilled", "sites": "all", **settings, "steps": args.steps}
+        folder = args.work / f"{settings['code']}-{args.steps}"
         if not found(row):
-            keep(row | judge(settings, args.steps, data, found({"kind": "stock"})[0], tried))
+            keep(row | judge(settings, args.steps, data, found({"kind": "stock"})[0], tried, folder))
         timing = {"kind": "step", **settings}
         if not found(timing):
             keep(timing | cost(settings, data["calibration"], data["train"], args.repeats))

@@ -11,14 +11,14 @@ import backbones
 from fas import convert_to_spiking
 from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
 from neurons_fas import MIN_THRESHOLD
+from test_training_runs import CLM_DATA, GLUE_DATA, flags
+from test_training_trainers import arguments
 from training import run_clm, run_glue, run_mlm
 from training.calibrate import calibration_loss
 from training.calibrate.coarse import start_calibration
 from training.distillation import FASDistillationTrainer
 from training.trainers import FASCalibrationTrainer, FASTrainer, idle_parameters, is_threshold
 from training_helpers import save_bert, save_gpt2, sentences, tensors, write_corpus, write_reviews
-from test_training_runs import CLM_DATA, GLUE_DATA, flags
-from test_training_trainers import arguments
 
 
 CAUSAL, TEXTS = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
@@ -132,9 +132,7 @@ def test_padding_takes_no_part(auto_class, tmp_path):
 
 def test_the_teacher_is_neither_trained_nor_saved_and_every_parameter_that_runs_moves(tmp_path):
     student, teacher = pair(**PHASE, gain="token")
-    before, own = (
-        {name: each.clone() for name, each in model.state_dict().items()} for model in (teacher, student)
-    )
+    before, own = ({name: each.clone() for name, each in model.state_dict().items()} for model in (teacher, student))
     teacher.train()
     args = arguments(tmp_path, per_device_train_batch_size=8, learning_rate=1e-3, max_steps=3)
     trainer = FASDistillationTrainer(student, args, teacher=teacher, train_dataset=rows())
