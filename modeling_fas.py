@@ -157,11 +157,13 @@ class FASMixin(PreTrainedModel):
 
     @torch.no_grad()
     def clamp_thresholds_(self) -> None:
-        """Lift every threshold that training moved below 1e-4 to 1e-4, in place; the forward pass does not change."""
+        """Lift every threshold and gain that training moved below 1e-4 to 1e-4, in place."""
         for _, neuron in self.neurons():
             neuron.threshold.clamp_(min=MIN_THRESHOLD)
             if neuron.fine_threshold is not None:
                 neuron.fine_threshold.clamp_(min=MIN_THRESHOLD)
+            if neuron.gain is not None:
+                neuron.gain.clamp_(min=MIN_THRESHOLD)
 
     def save_pretrained(self, *args, **kwargs):
         self.clamp_thresholds_()
@@ -184,7 +186,7 @@ class FASMixin(PreTrainedModel):
             ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, parameter in model.named_parameters():
-            if name.endswith(("threshold", "initial_potential")) and not parameter.is_meta:
+            if name.endswith(("threshold", "initial_potential", ".gain")) and not parameter.is_meta:
                 valid = parameter.isfinite() & ((parameter > 0) | name.endswith("initial_potential"))
                 if not valid.all():
                     raise ValueError(

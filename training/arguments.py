@@ -85,6 +85,13 @@ class ModelArguments:
     initial_threshold: float | None = field(
         default=None, metadata={"help": "Threshold of a site for which the checkpoint has none."}
     )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model that the spiking one learns from, at --stage full and downstream: a checkpoint with the "
+            "same vocabulary or labels, the stock model as a rule. Its logits take the place of the labels."
+        },
+    )
 
     def check(self, script: str, stages: Sequence[str], do_eval: bool) -> None:
         """Raise for settings that contradict each other; `stages` are those of the script."""
@@ -108,6 +115,11 @@ class ModelArguments:
             )
         if any(self.T) and self.stage == "baseline":
             raise ValueError(f"`--T` has no meaning at --stage baseline, which trains a stock model, got {self.T}.")
+        if self.teacher and self.stage not in ("full", "downstream"):
+            raise ValueError(
+                f"`--teacher` is for --stage full and downstream, where a spiking model trains, got it at --stage "
+                f"{self.stage}."
+            )
         if self.stage == "calibrate" and self.calib_T is None:
             raise ValueError("`--calib_T` is required at --stage calibrate: the timesteps to calibrate for.")
 
@@ -193,6 +205,17 @@ class FASTrainingArguments(TrainingArguments):
             "help": "Weight of the error of the sites in the loss of --stage calibrate, beside 1 for that of the "
             "output; by default 0.1 for run_clm, 1 for run_glue."
         },
+    )
+    distillation_temperature: float | None = field(
+        default=None, metadata={"help": "With --teacher: divides the logits of both models; 1 by default."}
+    )
+    distillation_alpha: float | None = field(
+        default=None,
+        metadata={"help": "With --teacher: weight of the loss of the task, beside 1 for the divergence from it; 0."},
+    )
+    hidden_weight: float | None = field(
+        default=None,
+        metadata={"help": "With --teacher: weight of the squared error of the hidden states; 0 by default."},
     )
     overwrite_output_dir: bool = field(
         default=False,

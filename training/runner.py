@@ -29,9 +29,10 @@ from .calibrate.coarse import start_calibration
 from .calibrate.loss import RECORD_FILE, describe_sites, save_record
 from .checkpoints import checkpoint_to_resume, remove_checkpoints
 from .data import AnyDataset, blocks
+from .distillation import FASDistillationTrainer, check_settings
 from .evaluate.trainer import evaluate_trainer
 from .results import flat, markdown_table, read_results, write_results
-from .trainers import FASCalibrationTrainer, FASTrainer
+from .trainers import FASCalibrationTrainer, FASTrainer, schedule_to_train, spikes_by_itself
 
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ class Run:
     @property
     def trainer(self) -> Any:
         """Trainer of the stage, but for the model, the data and what goes with them."""
+        if self.model.teacher and self.training.do_train:
+            return partial(FASDistillationTrainer, args=self.training, teacher=load_teacher(self))
         return partial(FASCalibrationTrainer if self.stage == "calibrate" else FASTrainer, args=self.training)
 
 
@@ -116,9 +119,12 @@ def start(script: str, stages: Sequence[str], argv: Sequence[str] | None) -> Run
     model.check(script, stages, training.do_eval)
     data.check(script, training.do_train, training.do_eval)
     training.check(data.streaming)
+    check_distillation(model, training)
     if training.fp16 and training.device.type == "cpu":
         logger.warning("--fp16 has no effect on a CPU: the run is in float32. --bf16 would have one.")
     config = read_config(model, script)
+    if model.teacher and training.do_train:
+        read_teacher(model.teacher, script)
     set_seed(training.seed)
     return Run(script, model, data, training, config, ["-m", f"training.run_{script}", *given])
 
@@ -158,13 +164,70 @@ def read_config(model: ModelArguments, script: str) -> Any:
     if model.config_overrides and not model.model_name_or_path:
         config.update_from_string(model.config_overrides)
     if model.stage != "baseline":
-        config.T = 0
+        keeps_time = str(kind).startswith("fas_") and spikes_by_itself(config)
+        config.T = config.T if keeps_time else 0
         config.L = model.L or config.L
+        if keeps_time and config.T == 0 and config.L is None and model.stage != "calibrate":
+            logger.warning(
+                f"`--{flag}` is the stock network at T = 0, got {source!r}: nothing spikes in training. Convert with "
+                "`convert_to_spiking`, or save the model after `set_timesteps`, to train it at that T."
+            )
         if model.initial_threshold is not None:
             config.initial_threshold = model.initial_threshold
         elif not str(kind).startswith("fas_"):
             config.initial_threshold = INITIAL_THRESHOLDS[script]
     return config
+
+
+def check_distillation(model: ModelArguments, training: FASTrainingArguments) -> None:
+    """Raise for settings of distillation that are out of range, or that nothing would read."""
+    settings = {
+        "distillation_temperature": training.distillation_temperature,
+        "distillation_alpha": training.distillation_alpha,
+        "hidden_weight": training.hidden_weight,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    if given and not model.teacher:
+        raise ValueError(f"`--teacher` is required for {', '.join(f'--{name}' for name in given)}, got none.")
+    defaults = {"distillation_temperature": 1.0, "distillation_alpha": 0.0, "hidden_weight": 0.0}
+    check_settings(*(defaults | given).values())
+
+
+def read_teacher(source: str, script: str) -> Any:
+    """Read the configuration of a teacher.
+
+    Raises:
+        ValueError: if it cannot be read, has another kind of head, or was never fine-tuned on a task.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`--teacher` must be a checkpoint (a folder, or a name on the Hub), got {source!r}: {error}"
+        ) from error
+    if script == "glue" and not any("SequenceClassification" in name for name in config.architectures or ()):
+        raise ValueError(
+            f"`--teacher` must be fine-tuned on the task, got {source!r}, a checkpoint of "
+            f"{', '.join(config.architectures or ['no class'])}. Run --stage baseline --do_train on it first."
+        )
+    return config
+
+
+def load_teacher(run: Run) -> Any:
+    """Load the teacher of a run in float32.
+
+    Raises:
+        ValueError: for another vocabulary, or another number of labels, than the model has.
+    """
+    source = run.model.teacher or ""
+    config = read_teacher(source, run.script)
+    what = "num_labels" if run.script == "glue" else "vocab_size"
+    if getattr(config, what, None) != getattr(run.config, what):
+        raise ValueError(
+            f"`--teacher` must have the `{what}` of the model, {getattr(run.config, what)}, got {source!r} with "
+            f"{getattr(config, what, None)}."
+        )
+    return getattr(transformers, AUTO_CLASSES[run.script]).from_pretrained(source, dtype="float32")
 
 
 def load_model(run: Run, **settings: Any) -> Any:
@@ -197,14 +260,17 @@ def load_model(run: Run, **settings: Any) -> Any:
 
 
 def _begin_calibration(run: Run, model: Any) -> None:
-    """Give a QCFS model fine thresholds; one that has them goes on from where it is."""
+    """Give a model fine thresholds; one that has them goes on from where it is."""
     thresholds = [neuron.threshold for _, neuron in model.neurons()]
-    if all(bool((threshold == model.config.initial_threshold).all()) for threshold in thresholds):
+    untrained = all(bool((threshold == model.config.initial_threshold).all()) for threshold in thresholds)
+    if untrained and not spikes_by_itself(model.config):
         raise ValueError(
             "`--model_name_or_path` must be fine-tuned with QCFS before --stage calibrate, got "
             f"{run.model.model_name_or_path!r} with every threshold at its start. Run --stage downstream first."
         )
     wanted = (run.model.calib_T, run.model.granularity)
+    if spikes_by_itself(model.config) and model.config.schedule not in model.config.schedules:
+        model.config.schedule = schedule_to_train(model.config)
     if model.config.calib_T is None:
         length = positions_of(model.config)
         length = min(length, run.data.block_size or run.data.max_seq_length or length)
@@ -242,11 +308,12 @@ def train_and_evaluate(
         if run.stage == "calibrate":
             _record_calibration(trainer, {"fine": describe_sites(model, _probe(trainer))})
     if run.stage == "calibrate":
-        model.set_timesteps(run.model.calib_T, "stepwise")
+        model.set_timesteps(run.model.calib_T, schedule_to_train(model.config))
     if args.do_train:
         trainer.save_model()
         tokenizer.save_pretrained(output_dir) if args.should_save else None
-    rows = evaluate_trainer(trainer, eval_splits, run.model.T) if args.do_eval else []
+    timesteps = run.model.T or ([model.config.T] if run.spiking and run.stage != "calibrate" else [])
+    rows = evaluate_trainer(trainer, eval_splits, timesteps) if args.do_eval else []
     if args.should_save:
         write_results(
             output_dir / RESULTS_FILE,

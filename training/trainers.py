@@ -1,7 +1,7 @@
 """Trainers for spiking models: thresholds train on their own terms, and every batch split gives the same gradients."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,51 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from modeling_fas import FASMixin
+
 from .calibrate.loss import calibration_loss, freeze_for_calibration
 from .checkpoints import unmark, whole_or_nothing
 from .publish.upload import PublishMixin
 
 
-THRESHOLD_NAMES = ("threshold", "initial_potential")
+THRESHOLD_NAMES = ("threshold", "initial_potential", ".gain")
 # Stock heads whose loss is a mean over the labels of one micro-batch.
 AVERAGING = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification|MultipleChoice)$")
 
 
 def is_threshold(name: str) -> bool:
-    """Return whether a parameter is a threshold, a fine threshold or an initial potential."""
+    """Return whether a parameter is a threshold, fine or not, an initial potential or the gain of a site."""
     return name.endswith(THRESHOLD_NAMES)
+
+
+def spikes_by_itself(config: Any) -> bool:
+    """Whether a configuration describes a network that spikes without QCFS before it, as conversion makes them.
+
+    Its T and its schedule are what it is trained and judged at; all others are trained at T = 0.
+    """
+    return config.code != "rate" or config.L is None or config.sites != "mlp"
+
+
+def schedule_to_train(config: Any) -> str:
+    """Schedule to calibrate by: stepwise, unless the network spikes by itself, in one of its own."""
+    if spikes_by_itself(config):
+        return config.schedule if config.schedule in config.schedules else config.schedules[0]
+    return "stepwise"
+
+
+def idle_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of neurons that take no part at the T, schedule and code the model runs with, and get no gradient."""
+    config = getattr(model, "config", None)
+    neurons = model.neurons() if isinstance(model, FASMixin) else []
+    idle: list[nn.Parameter | None] = []
+    for _, neuron in neurons:
+        if config.T == 0:
+            idle += [neuron.fine_threshold, neuron.initial_potential]
+            idle += [neuron.threshold, neuron.gain] if config.L is None else []
+        elif neuron.fine_threshold is not None:
+            idle.append(neuron.threshold)
+            idle += [neuron.initial_potential] if config.code != "rate" else []
+    return [each for each in idle if each is not None and each.requires_grad]
 
 
 def batch_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
@@ -89,6 +121,16 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
         self.threshold_learning_rate = threshold_learning_rate
         self.add_callback(_AfterEachStep(self.data_collator))
 
+    def train(self, *args, **kwargs):
+        idle = idle_parameters(self.model)  # data-parallel training waits for the gradient of all that may have one
+        for parameter in idle:
+            parameter.requires_grad_(False)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for parameter in idle:
+                parameter.requires_grad_(True)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
             return self.optimizer
@@ -120,19 +162,39 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial, *args, **kwargs)
 
 
-class FASCalibrationTrainer(FASTrainer):
-    """Trains fine thresholds and initial potentials alone, to make the spiking network follow its ANN.
+class CountingTrainer(FASTrainer):
+    """A trainer whose losses are sums over a batch, divided by counts of the whole accumulated batch."""
+
+    loss_is_scaled_for_ga = True
+
+    def counts(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the losses of a batch are means over."""
+        raise NotImplementedError
+
+    def get_batch_samples(self, *args, **kwargs):
+        """Add the counts of the whole accumulated batch, over all processes."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        if not batches:
+            return batches, None
+        counts = torch.stack([self.counts(batch) for batch in batches]).sum(0).to(self.args.device)
+        return batches, self.accelerator.reduce(counts, "sum")
+
+    def share(self, inputs: Mapping[str, torch.Tensor], counts: torch.Tensor | None) -> torch.Tensor:
+        """Counts to divide by: of the accumulated batch, whose gradients processes average; else those at hand."""
+        return self.counts(inputs) if counts is None else counts / self.accelerator.num_processes
+
+
+class FASCalibrationTrainer(CountingTrainer):
+    """Trains fine thresholds, initial potentials and gains alone, to make the spiking network follow its ANN.
 
     The model must be calibrated (`model.begin_calibration`). All other parameters are frozen and dropout is off, since
-    every timestep and the teacher must see the same network. Evaluation is that of the spiking network at
-    `config.calib_T`, never the calibration loss.
+    every timestep and the teacher must see the same network. It runs at `config.calib_T`, by
+    [`schedule_to_train`]. Evaluation is that of the spiking network so, never the calibration loss.
 
     Args:
         loss_settings: Further keyword arguments of [`training.calibrate.calibration_loss`]; the `site_weight` is
             `args.site_weight` where they have none.
     """
-
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -143,30 +205,21 @@ class FASCalibrationTrainer(FASTrainer):
         **kwargs,
     ):
         freeze_for_calibration(model)
-        model.set_timesteps(model.config.calib_T, "stepwise")
+        model.set_timesteps(model.config.calib_T, schedule_to_train(model.config))
         super().__init__(model, args, **kwargs)
         self.loss_settings = loss_settings or {}
 
-    def get_batch_samples(self, *args, **kwargs):
-        """Add rows and tokens of the whole accumulated batch, over all processes: what the loss is a mean over."""
-        batches, _ = super().get_batch_samples(*args, **kwargs)
-        if not batches:
-            return batches, None
-        counts = torch.stack([_counts(batch) for batch in batches]).sum(0).to(self.args.device)
-        return batches, self.accelerator.reduce(counts, "sum")
+    def counts(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Numbers of rows and of tokens that are not padding."""
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        tokens = torch.tensor(ids.numel()) if mask is None else mask.sum()
+        return torch.stack([torch.tensor(ids.shape[0], device=tokens.device), tokens])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        counts = _counts(inputs) if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
+        counts = self.share(inputs, num_items_in_batch)
         weight = getattr(self.args, "site_weight", None)
         settings = ({} if weight is None else {"site_weight": weight}) | self.loss_settings
         result = calibration_loss(model, inputs, num_rows=counts[0], num_tokens=counts[1], **settings)
         return (result.loss, result) if return_outputs else result.loss
-
-
-def _counts(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the numbers of rows and of tokens that are not padding."""
-    ids = inputs["input_ids"]
-    tokens = inputs["attention_mask"].sum() if inputs.get("attention_mask") is not None else torch.tensor(ids.numel())
-    return torch.stack([torch.tensor(ids.shape[0], device=tokens.device), tokens])

@@ -11,6 +11,7 @@ from neurons_fas import MIN_THRESHOLD, integrate_and_fire, spike_rate
 from sites_fas import FASNeuron
 
 from ..layout import pooled, predicts_next
+from .conversion import fit_thresholds
 from .loss import check_calibratable, describe_sites, output_error, real_tokens, recorded
 
 
@@ -186,11 +187,21 @@ def start_calibration(model: Any, inputs: Mapping[str, torch.Tensor], coarse: st
         [`describe_sites`] at stage `uncalibrated` and, unless `"none"`, `coarse`: what [`save_record`] takes. The
         search adds the `variance_weight` that it kept.
     """
+    config = model.config
+    fitted = config.code != "rate" or config.L is None  # no scale of a trained threshold: the best is sought outright
+    if fitted and coarse == "search" and config.granularity != "neuron":
+        raise ValueError(
+            f"`granularity` must be 'neuron' to search thresholds of the code {config.code!r} with L = {config.L}, "
+            f"got {config.granularity!r}. With coarse 'none' the gradient alone finds them."
+        )
     stages = {"uncalibrated": describe_sites(model, inputs)}
     if coarse == "none":
         return stages
     found: dict[str, dict[str, float]] = {}
-    if coarse == "search":
+    if coarse == "search" and fitted:
+        model.eval()
+        fit_thresholds(model, {name: value for name, value in inputs.items() if name != "labels"}, config.calib_T)
+    elif coarse == "search":
         found = coarse_search(model, inputs)
     else:
         for _, neuron in model.neurons():

@@ -142,7 +142,7 @@ def _detached(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def freeze_for_calibration(model: nn.Module) -> list[nn.Parameter]:
-    """Make fine thresholds and initial potentials the only trainable parameters, and turn dropout off, for good.
+    """Make fine thresholds, initial potentials and gains alone trainable, and turn dropout off, for good.
 
     Everything before the first site then runs without a graph by itself, and no weight keeps an activation for its
     gradient.
@@ -154,7 +154,7 @@ def freeze_for_calibration(model: nn.Module) -> list[nn.Parameter]:
     check_calibratable(core)
     trainable = []
     for name, parameter in core.named_parameters():
-        parameter.requires_grad_(name.endswith(("fine_threshold", "initial_potential")))
+        parameter.requires_grad_(name.endswith(("fine_threshold", "initial_potential", ".gain")))
         if parameter.requires_grad:
             trainable.append(parameter)
     for module in core.modules():

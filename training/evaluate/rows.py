@@ -15,13 +15,15 @@ from ..results import MODES
 
 
 PERPLEXITY = "perplexity"
-# Measured where nothing is said; "accumulated" is asked for by name.
+# Measured where nothing is said; "accumulated" is asked for by name, or is the schedule of the model.
 DEFAULT_SCHEDULES = ("stepwise", "layerwise")
 
 
 def schedules_of(model: Any) -> list[str]:
-    """Of [`DEFAULT_SCHEDULES`], those that a model can run in."""
-    return [each for each in DEFAULT_SCHEDULES if each in model.config.schedules]
+    """Of [`DEFAULT_SCHEDULES`], those that a model can run in; and its own, if it is set to T > 0."""
+    config = model.config
+    own = (config.schedule,) if config.T else ()
+    return [each for each in dict.fromkeys(DEFAULT_SCHEDULES + own) if each in config.schedules]
 
 
 @dataclass(frozen=True)
