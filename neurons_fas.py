@@ -430,7 +430,10 @@ def spike_count(emitted: torch.Tensor, threshold: torch.Tensor, T: int, code: st
     if code == "first_spike":
         return level.sign()
     bits = level.mul_(2**T - 1).round_().long()
-    return torch.stack([(bits >> bit) & 1 for bit in range(T)]).sum(0).to(level.dtype)
+    count = torch.zeros_like(level)
+    for bit in range(T):
+        count += (bits >> bit) & 1
+    return count
 
 
 def spike_train(

@@ -220,5 +220,5 @@ def test_stock_blocks_are_built_once(case, monkeypatch):
 def test_flexible_attention_is_refused_where_it_was_set_behind_the_model(backbone):
     model = backbones.model(backbone, "AutoModelForSequenceClassification", T=2)
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ValueError, match="must not be 'flex_attention'.*'sdpa'"):
+    with pytest.raises(ValueError, match=r"must not be 'flex_attention'.*'sdpa'"):
         model(**backbones.batch(backbone, "AutoModelForSequenceClassification"))

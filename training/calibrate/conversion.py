@@ -16,7 +16,7 @@ from configuration_fas import FASConfig, positions_of
 from neurons_fas import spike_count
 from sites_fas import FASNeuron
 
-from ..layout import pooled, sites
+from ..layout import auto_class, pooled, products, sites
 
 
 logger = logging.getLogger(__name__)
@@ -74,33 +74,79 @@ def convert_to_spiking(
         ValueError: for a model that spikes already or has no entry in the table, settings that do not go together, or
             a calibration without tokens.
     """
-    T = T or {"phase": 5}.get(code, 16)
-    base = code_base or (1.2 if T >= 12 else 2**0.5)
-    settings: dict[str, Any] = {"sites": sites, "code": code, "code_base": base, "T": 0, "schedule": "layerwise"}
-    if isinstance(model, PreTrainedModel):
-        spiking = _in_place(model, settings, gain)
-    else:
-        spiking = _loaded(model, settings, gain)
-        tokenizer = tokenizer or (AutoTokenizer.from_pretrained(model) if _are_texts(calibration) else None)
-    spiking.eval()
-    inputs = _inputs(spiking, calibration, tokenizer, tokens, length)
-    spiking.config.T, spiking.config.schedule = T, schedule or "layerwise"
-    spiking.config.check()
-    fit_thresholds(spiking, inputs, T, progress=progress)
-    return spiking.set_timesteps(T, schedule or "layerwise")
+    return convert_and_report(
+        model,
+        calibration,
+        sites=sites,
+        code=code,
+        T=T,
+        schedule=schedule,
+        gain=gain,
+        code_base=code_base,
+        tokenizer=tokenizer,
+        tokens=tokens,
+        length=length,
+        progress=progress,
+    )[0]
+
+
+def convert_and_report(
+    model: PreTrainedModel | str | os.PathLike,
+    calibration: Sequence[str] | Mapping[str, torch.Tensor] | torch.Tensor,
+    *,
+    sites: str,
+    code: str,
+    T: int | None = None,
+    schedule: str | None = None,
+    gain: str | None = None,
+    code_base: float | None = None,
+    tokenizer: Any = None,
+    tokens: int = TOKENS,
+    length: int = 256,
+    progress: bool = True,
+) -> tuple[Any, dict[str, dict[str, float]]]:
+    """As [`convert_to_spiking`]; returns what [`fit_thresholds`] found by site, too.
+
+    Settings and calibration are checked before the model is touched.
+    """
+    if T is None:
+        T = {"phase": 5}.get(code, 16)
+    if isinstance(T, int) and T < 1:
+        raise ValueError(f"`T` must be at least 1, got {T}. The spiking model is the stock one at `set_timesteps(0)`.")
+    if code_base is None:
+        code_base = 1.2 if T >= 12 else 2**0.5
+    schedule = schedule or "layerwise"
+    settings = {"sites": sites, "code": code, "code_base": code_base, "T": T, "schedule": schedule, "gain": gain}
+    stock = model if isinstance(model, PreTrainedModel) else None
+    raw = FASConfig.get_config_dict(model)[0] if stock is None else stock.config.to_dict()
+    _refuse_spiking(raw, type(stock).__name__ if stock is not None else model)
+    config = FASConfig.from_pretrained(model) if stock is None else _config_of(stock)
+    model_class = _class_for(
+        config, (raw.get("architectures") or ["none"])[0] if stock is None else type(stock).__name__
+    )
+    for name, value in {**settings, "activation": "stock", "L": None, "gain": gain or _gain(config)}.items():
+        setattr(config, config._renamed.get(name, name), value)
+    config.check()
+    if stock is None and tokenizer is None and _are_texts(calibration):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    inputs = _inputs(config, calibration, tokenizer, tokens, length)
+    spiking = (_loaded(model, config, model_class) if stock is None else _in_place(stock, config, model_class)).eval()
+    inputs = {name: value.to(spiking.device) for name, value in inputs.items()}
+    found = fit_thresholds(spiking, inputs, T, progress=progress)
+    return spiking.set_timesteps(T, schedule), found
 
 
 def _gain(config: Any) -> str:
     return "token" if hasattr(config, "rms_norm_eps") else "static"
 
 
-def _loaded(source: Any, settings: dict[str, Any], gain: str | None) -> Any:
-    raw, _ = FASConfig.get_config_dict(source)
-    _refuse_spiking(raw, source)
-    config = FASConfig.from_pretrained(source)
-    for name, value in {**settings, "activation": "stock", "L": None, "gain": gain or _gain(config)}.items():
-        setattr(config, config._renamed.get(name, name), value)
-    model_class = _class_for(config, (raw.get("architectures") or ["none"])[0])
+def _config_of(stock: Any) -> FASConfig:
+    config = FASConfig(**{**stock.config.to_dict(), "backbone": stock.config.model_type})
+    config._attn_implementation = stock.config._attn_implementation
+    return config
+
+
+def _loaded(source: Any, config: FASConfig, model_class: Any) -> Any:
     verbosity = logging_of_transformers.get_verbosity()
     logging_of_transformers.set_verbosity_error()  # its report of what is missing would name every new threshold
     try:
@@ -113,17 +159,11 @@ def _loaded(source: Any, settings: dict[str, Any], gain: str | None) -> Any:
     return model
 
 
-def _in_place(model: PreTrainedModel, settings: dict[str, Any], gain: str | None) -> Any:
-    _refuse_spiking(model.config.to_dict(), type(model).__name__)
-    own = FASConfig(**{**model.config.to_dict(), "backbone": model.config.model_type})
-    for name, value in {**settings, "activation": "stock", "L": None, "gain": gain or _gain(own)}.items():
-        setattr(own, own._renamed.get(name, name), value)
-    own._attn_implementation = model.config._attn_implementation
-    model_class = _class_for(own, type(model).__name__)
+def _in_place(model: PreTrainedModel, config: FASConfig, model_class: Any) -> Any:
     stock = model.config
     for module in model.modules():
         if getattr(module, "config", None) is stock:
-            vars(module)["config"] = own
+            vars(module)["config"] = config
     model.__class__ = model_class
     spiking: Any = model
     spiking._make_spiking()
@@ -150,8 +190,8 @@ def _are_texts(calibration: Any) -> bool:
     return isinstance(calibration, Sequence) and all(isinstance(each, str) for each in calibration)
 
 
-def _inputs(model: Any, calibration: Any, tokenizer: Any, tokens: int, length: int) -> dict[str, torch.Tensor]:
-    """The calibration as one batch, on the model's device."""
+def _inputs(config: Any, calibration: Any, tokenizer: Any, tokens: int, length: int) -> dict[str, torch.Tensor]:
+    """The calibration as one batch."""
     if isinstance(calibration, str):
         raise ValueError("`calibration` must be a sequence of texts, got one text. Put it in a list.")
     if isinstance(calibration, torch.Tensor):
@@ -159,8 +199,8 @@ def _inputs(model: Any, calibration: Any, tokenizer: Any, tokens: int, length: i
     if _are_texts(calibration):
         if tokenizer is None:
             raise ValueError("`tokenizer` must be given for texts, where the model does not come from a folder.")
-        calibration = _tokenized(model, calibration, tokenizer, tokens, length)
-    batch = {name: value.to(model.device) for name, value in calibration.items() if name != "labels"}
+        calibration = _tokenized(config, calibration, tokenizer, tokens, length)
+    batch = {name: value for name, value in calibration.items() if name != "labels"}
     ids = batch.get("input_ids")
     if ids is None or not ids.numel():
         raise ValueError("`calibration` must hold at least one token, got none.")
@@ -174,10 +214,10 @@ def _inputs(model: Any, calibration: Any, tokenizer: Any, tokens: int, length: i
     return batch
 
 
-def _tokenized(model: Any, texts: Sequence[str], tokenizer: Any, tokens: int, length: int) -> dict[str, torch.Tensor]:
+def _tokenized(config: Any, texts: Sequence[str], tokenizer: Any, tokens: int, length: int) -> dict[str, torch.Tensor]:
     """Rows of equal length for a causal model; else one text a row, padded."""
-    length = min(length, positions_of(model.config), tokens)
-    if not model.config.table.causal:
+    length = min(length, positions_of(config), tokens)
+    if not config.table.causal:
         kept, used = [], 0
         for text in texts:
             kept.append(tokenizer(text, truncation=True, max_length=length)["input_ids"])
@@ -226,9 +266,10 @@ def fit_thresholds(
             bar.update()
 
         handles.append(placed.neuron.register_forward_pre_hook(choose))
+    handles += [layer.register_forward_pre_hook(_first_position) for layer in _vocabulary_heads(model)]
     try:
         with model.running(T, "layerwise"):
-            model(**inputs)
+            model(**inputs, **({"use_cache": False} if model.config.table.causal else {}))
     finally:
         bar.close()
         for handle in handles:
@@ -237,6 +278,17 @@ def fit_thresholds(
     if silent:
         logger.warning(f"No calibration text makes these sites fire: {', '.join(silent)}.")
     return found
+
+
+def _vocabulary_heads(model: Any) -> list[Any]:
+    if auto_class(model) not in ("AutoModelForCausalLM", "AutoModelForMaskedLM"):
+        return []
+    return [layer for each in products(model) if each.product.name == "head" for layer in each.weights]
+
+
+def _first_position(layer: Any, args: tuple) -> tuple:
+    """Nobody reads the logits, which would take as much memory as a large part of the weights."""
+    return (args[0][:, :1], *args[1:])
 
 
 def _fit(neuron: FASNeuron, values: torch.Tensor) -> dict[str, float]:
