@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+import backbones
 from checkpoints import tiny_checkpoint
 from configuration_fas import __version__
 from training.publish.clean_load import probe_logits
@@ -19,6 +20,19 @@ SMALL = {
     "mlm": {"vocab_size": 32, "max_position_embeddings": 16},
     "classifier": {"vocab_size": 32, "max_position_embeddings": 16},
 }
+# Since 0.2.0: the other backbones, and spikes into every product.
+EVERYWHERE = {"sites": "all", "activation": "stock", "L": None, "T": 4, "schedule": "layerwise"}
+MORE = {
+    "roberta": (("roberta", "AutoModelForSequenceClassification"), {}),
+    "distilbert": (("distilbert", "AutoModelForMaskedLM"), {}),
+    "opt": (("opt", "AutoModelForCausalLM"), {}),
+    "llama": (("llama", "AutoModelForCausalLM"), {}),
+    "qwen2": (("qwen2", "AutoModelForSequenceClassification"), {}),
+    "qwen3": (("qwen3", "AutoModelForCausalLM"), {}),
+    "gpt2_phase": (("gpt2", "AutoModelForCausalLM"), EVERYWHERE | {"code": "phase"}),
+    "llama_first_spike": (("llama", "AutoModelForCausalLM"), EVERYWHERE | {"code": "first_spike", "gain": "token"}),
+    "bert_accumulated": (("bert", "AutoModelForSequenceClassification"), {"T": 4, "schedule": "accumulated"}),
+}
 
 
 def freeze(target: Path) -> None:
@@ -28,8 +42,17 @@ def freeze(target: Path) -> None:
         save_file(probe_logits(model), folder / "logits.safetensors")
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (folder / name).unlink()
-        for code in folder.glob("*.py"):
-            shutil.move(code, target / f"{code.name}.txt")  # out of reach of formatters
+        keep_code(folder, target)
+    for name, (case, settings) in MORE.items():
+        model = backbones.model(*case, **settings)
+        model.save_pretrained(target / f"fas_{name}")
+        save_file(probe_logits(model), target / f"fas_{name}" / "logits.safetensors")
+        keep_code(target / f"fas_{name}", target)
+
+
+def keep_code(folder: Path, target: Path) -> None:
+    for code in folder.glob("*.py"):
+        shutil.move(code, target / f"{code.name}.txt")  # out of reach of formatters
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import modeling_fas
 from checkpoints import MODELS, tiny_checkpoint
 from configuration_fas import __version__
 from training.publish.clean_load import auto_class_name, probe_logits
@@ -16,7 +17,6 @@ from training.publish.clean_load import auto_class_name, probe_logits
 
 FROZEN = Path(__file__).parent / "frozen"
 RELEASES = sorted(path.name for path in FROZEN.iterdir() if path.is_dir())
-ARCHITECTURES = {model.__name__: model for model in MODELS.values()}
 CASES = [(release, path.name) for release in RELEASES for path in sorted((FROZEN / release).glob("fas_*"))]
 
 
@@ -37,7 +37,7 @@ def test_a_checkpoint_of_every_release_runs_on_the_code_of_today(release, name):
     folder = FROZEN / release / name
     config = json.loads((folder / "config.json").read_text())
     assert config["fas_version"] == release
-    model, report = ARCHITECTURES[config["architectures"][0]].from_pretrained(folder, output_loading_info=True)
+    model, report = getattr(modeling_fas, config["architectures"][0]).from_pretrained(folder, output_loading_info=True)
     assert type(model).__module__ == "modeling_fas"
     assert not any(report[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for run, logits in probe_logits(model).items():
@@ -74,7 +74,9 @@ def test_the_code_of_today_gives_what_the_code_of_every_release_gives_here(tmp_p
         architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
         found = load_file(folder / "found.safetensors")
         assert found.keys() == expected(release, name).keys()
-        for run, logits in probe_logits(ARCHITECTURES[architecture].from_pretrained(FROZEN / release / name)).items():
+        for run, logits in probe_logits(
+            getattr(modeling_fas, architecture).from_pretrained(FROZEN / release / name)
+        ).items():
             assert torch.equal(logits, found[run]), f"{name} {run}"
 
 
@@ -89,7 +91,7 @@ def test_two_versions_in_one_process_keep_their_own_behaviour(tmp_path, run_outs
     change(old / "configuration_fas.py", f'__version__ = "{__version__}"', '__version__ = "0.0.1"')
     shutil.copytree(tmp_path / "new", tmp_path / "new2")
     shutil.copytree(old, tmp_path / "old2")
-    frozen = [str(assemble(release, name, tmp_path / name)) for release, name in CASES]
+    frozen = [str(assemble(release, name, tmp_path / f"{release}-{name}")) for release, name in CASES]
     order = [str(tmp_path / name) for name in ("old", "new", "old2", "new2")] + frozen
     said = run_outside(["-c", LOAD_ALL, clean_load.__file__, *order])
 
@@ -100,7 +102,7 @@ def test_two_versions_in_one_process_keep_their_own_behaviour(tmp_path, run_outs
         assert torch.equal(logits["old"][run], logits["old2"][run])
     assert not torch.equal(logits["old"]["T=0 stepwise"], logits["new"]["T=0 stepwise"])
     for release, name in CASES:
-        found = load_file(tmp_path / name / "found.safetensors")
+        found = load_file(tmp_path / f"{release}-{name}" / "found.safetensors")
         for run, reference in expected(release, name).items():
             torch.testing.assert_close(found[run], reference, atol=1e-5, rtol=0, msg=f"{name} {run}")
 
