@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 import backbones
+from benchmarks import training_processes as processes
 from fas import convert_to_spiking
 from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
 from neurons_fas import MIN_THRESHOLD
@@ -327,6 +328,22 @@ def test_a_converted_language_model_learns_from_its_teacher_on_the_command_line(
     run_clm.main(flags(text, inputs, tmp_path / "plain"))
     moved = {name for name, each in tensors(tmp_path / "plain").items() if not torch.equal(each, before[name])}
     assert {name for name in before if name.endswith("fine_threshold")} <= moved
+
+
+@pytest.mark.parametrize("model", ["phase-gpt2"])
+def test_two_processes_equal_one_with_the_same_global_batch(model, inputs, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["--teacher", str(inputs / "gpt2"), "--distillation_alpha", "0.5", "--hidden_weight", "0.5"]
+
+    def command(out, size):
+        found = processes.command("gpt2", "downstream", inputs, out, size, 4)
+        return [each.replace(str(inputs / "gpt2"), str(inputs / model)) for each in found] + more
+
+    run_clm.main(command(one, 8)[1:])
+    processes.run(processes.TORCHRUN, command(two, 4))
+    found = processes.difference(one, two)
+    assert found["thresholds"] < 1e-4
+    assert found["weights"] < 1e-4
 
 
 def test_qcfs_classifiers_learn_from_a_teacher_on_the_command_line(inputs, tmp_path):

@@ -45,7 +45,7 @@ def schedule_to_train(config: Any) -> str:
 
 def idle_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters of neurons that take no part at the T, schedule and code the model runs with, and get no gradient."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     neurons = model.neurons() if isinstance(model, FASMixin) else []
     idle: list[nn.Parameter | None] = []
     for _, neuron in neurons:
