@@ -17,6 +17,7 @@ from test_training_trainers import arguments
 from training import run_clm, run_glue, run_mlm
 from training.calibrate import calibration_loss
 from training.calibrate.coarse import start_calibration
+from training.calibrate.conversion import fit_thresholds
 from training.distillation import FASDistillationTrainer
 from training.trainers import FASCalibrationTrainer, FASTrainer, idle_parameters, is_threshold
 from training_helpers import save_bert, save_gpt2, sentences, tensors, write_corpus, write_reviews
@@ -279,6 +280,10 @@ def test_search_starts_the_calibration_of_a_code(tmp_path):
     stages = start_calibration(FASCalibrationTrainer(model, arguments(tmp_path)).model, rows_as_batch())
     errors = [sum(site["error"] for site in stages[stage].values()) for stage in ("uncalibrated", "coarse")]
     assert errors[1] < 0.9 * errors[0]
+    found = [neuron.fine_threshold.detach().clone() for _, neuron in model.neurons()]
+    inputs = {name: value for name, value in rows_as_batch().items() if name != "labels"}
+    fit_thresholds(model.eval(), inputs, 3, progress=False)
+    assert all(torch.equal(each, n.fine_threshold) for each, (_, n) in zip(found, model.neurons(), strict=True))
     model.begin_calibration(3, "layer")
     with pytest.raises(ValueError, match="`granularity` must be 'neuron' to search"):
         start_calibration(model, rows_as_batch())
