@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 import backbones
+from benchmarks import training_processes as processes
 from fas import convert_to_spiking
 from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
 from neurons_fas import MIN_THRESHOLD
@@ -16,6 +17,7 @@ from test_training_trainers import arguments
 from training import run_clm, run_glue, run_mlm
 from training.calibrate import calibration_loss
 from training.calibrate.coarse import start_calibration
+from training.calibrate.conversion import fit_thresholds
 from training.distillation import FASDistillationTrainer
 from training.trainers import FASCalibrationTrainer, FASTrainer, idle_parameters, is_threshold
 from training_helpers import save_bert, save_gpt2, sentences, tensors, write_corpus, write_reviews
@@ -278,6 +280,10 @@ def test_search_starts_the_calibration_of_a_code(tmp_path):
     stages = start_calibration(FASCalibrationTrainer(model, arguments(tmp_path)).model, rows_as_batch())
     errors = [sum(site["error"] for site in stages[stage].values()) for stage in ("uncalibrated", "coarse")]
     assert errors[1] < 0.9 * errors[0]
+    found = [neuron.fine_threshold.detach().clone() for _, neuron in model.neurons()]
+    inputs = {name: value for name, value in rows_as_batch().items() if name != "labels"}
+    fit_thresholds(model.eval(), inputs, 3, progress=False)
+    assert all(torch.equal(each, n.fine_threshold) for each, (_, n) in zip(found, model.neurons(), strict=True))
     model.begin_calibration(3, "layer")
     with pytest.raises(ValueError, match="`granularity` must be 'neuron' to search"):
         start_calibration(model, rows_as_batch())
@@ -327,6 +333,22 @@ def test_a_converted_language_model_learns_from_its_teacher_on_the_command_line(
     run_clm.main(flags(text, inputs, tmp_path / "plain"))
     moved = {name for name, each in tensors(tmp_path / "plain").items() if not torch.equal(each, before[name])}
     assert {name for name in before if name.endswith("fine_threshold")} <= moved
+
+
+@pytest.mark.parametrize("model", ["phase-gpt2"])
+def test_two_processes_equal_one_with_the_same_global_batch(model, inputs, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["--teacher", str(inputs / "gpt2"), "--distillation_alpha", "0.5", "--hidden_weight", "0.5"]
+
+    def command(out, size):
+        found = processes.command("gpt2", "downstream", inputs, out, size, 4)
+        return [each.replace(str(inputs / "gpt2"), str(inputs / model)) for each in found] + more
+
+    run_clm.main(command(one, 8)[1:])
+    processes.run(processes.TORCHRUN, command(two, 4))
+    found = processes.difference(one, two)
+    assert found["thresholds"] < 1e-4
+    assert found["weights"] < 1e-4
 
 
 def test_qcfs_classifiers_learn_from_a_teacher_on_the_command_line(inputs, tmp_path):
