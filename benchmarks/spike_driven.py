@@ -2,8 +2,8 @@
 
     python -m benchmarks.spike_driven prose|smollm2 [--windows 200]
 
-Thresholds are fitted to training text (prose) or to the end of the validation text (WikiText, of which we have no other
-part), never to the windows that are judged. A row is saved as it ends; the same command goes on from there.
+Thresholds are fitted to training text (prose) or to the end of the validation text (WikiText, of which we have no
+other part), never to the windows that are judged. A row is saved as it ends; the same command goes on from there.
 """
 
 import argparse

@@ -217,8 +217,9 @@ def split_texts(
         length = min(length, tokens)
         used = min(len(ids), tokens)
         used = used // length * length or used
-        calibration = torch.tensor(ids[:used]).view(-1, min(length, used) or 1)
-        starts = range(used, min(len(ids), used + limit * length), length)
+        calibration: Any = torch.tensor(ids[:used]).view(-1, min(length, used) or 1)
+        end = min(len(ids), used + limit * length) if len(ids) > tokens else used  # what fills no row judges nothing
+        starts = range(used, end, length)
         rows = [ids[start : start + length] for start in starts]
     else:
         encoded = (tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts)
