@@ -15,13 +15,16 @@ OLD_VENV := .venv-transformers4
 RUN := $(VENV)/bin/python
 OLD_RUN := $(OLD_VENV)/bin/python
 
-.PHONY: help demo test test-slow test-matrix quality style bench tables clean
+.PHONY: help demo demo-llm test test-slow test-matrix quality style bench tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
 
 demo: $(VENV)/.installed ## convert a real BERT on real sentences and run it as a spiking network (ARGS="--help" for flags)
 	OMP_WAIT_POLICY=PASSIVE $(RUN) -m training.demo $(ARGS)
+
+demo-llm: $(VENV)/.installed-llm ## make a real small Llama spike without training, and let both answer (ARGS="--help" for flags)
+	OMP_WAIT_POLICY=PASSIVE $(RUN) -m training.demo_llm $(ARGS)
 
 test: $(VENV)/.installed ## the default tests: offline, under 3 minutes on two cores
 	$(RUN) -m pytest -n $(JOBS) $(ARGS)
@@ -62,4 +65,8 @@ $(OLD_VENV)/.installed: EXTRAS := dev
 	@echo "Installing into $* (once; minutes)"
 	@$(PYTHON) -m venv --clear $*
 	@$*/bin/python -m pip install --quiet -c $(filter constraints%,$^) -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(VENV)/.installed-llm: $(VENV)/.installed
+	@$(RUN) -m pip install --quiet -c constraints.txt -e ".[llm]"
 	@touch $@

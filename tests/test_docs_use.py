@@ -5,24 +5,30 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from checkpoints import tiny_checkpoint
+from checkpoints import tiny_checkpoint, tiny_tokenizer
 
 
 TEXT = (Path(__file__).parents[1] / "docs" / "use.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"<!-- example: (\w+)( peft| project)? -->\n```python\n(.*?)```", TEXT, re.DOTALL)
+EXAMPLES = re.findall(r"<!-- example: ([\w-]+)( peft| project)? -->\n```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_every_block_of_python_is_tested():
-    assert len(EXAMPLES) == TEXT.count("```python") == 6
+    assert len(EXAMPLES) == TEXT.count("```python") == 7
 
 
 def test_the_examples_with_the_project_run(tmp_path, monkeypatch):
+    folder = tmp_path / "user" / "gpt2-stock"
+    settings = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 64}
+    GPT2LMHeadModel(GPT2Config(**settings, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    tiny_tokenizer("gpt2", folder).save_pretrained(folder)
     monkeypatch.chdir(tmp_path)
     chosen = [code for _, needs, code in EXAMPLES if needs == " project"]
-    assert chosen
+    assert len(chosen) == 2
     for code in chosen:
         exec(code, {})
+    assert AutoModelForCausalLM.from_pretrained("spiking").config.T == 5
 
 
 @pytest.mark.slow

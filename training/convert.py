@@ -1,5 +1,9 @@
 """All steps of a conversion with one command: from a stock checkpoint to a folder that can be published.
 
+    python -m training.convert MODEL --sites all --code phase --T 5 --calibration_file FILE --output_dir OUT
+
+converts without training (`training.untrained`); without --sites and --code it is the published method:
+
     python -m training.convert RECIPE.yaml [--flag value …] [--step.flag value …]
     python -m training.convert --model_name_or_path MODEL --task_name sst2 --output_dir outputs/sst2
 
@@ -16,17 +20,18 @@ from typing import Any
 
 from configuration_fas import FASConfig
 
+from . import untrained
 from .arguments import read_yaml, to_flags
 from .checkpoints import checkpoints, remove_checkpoints
 from .results import flat, markdown_table, read_results, write_json, write_results
 from .runner import RESULTS_FILE, show_messages
+from .untrained import SUMMARY_FILE
 
 
 logger = logging.getLogger("training.convert")
 
 RECIPES = Path(__file__).parent / "recipes"
 SCRIPTS = ("run_clm", "run_mlm", "run_glue")
-SUMMARY_FILE = "conversion.json"
 STEP_FILE = "step.json"
 # Flags that describe the task: the corpus of a step `full` is its own, set with --full.dataset_name and the like.
 TASK_FLAGS = {"dataset_name", "dataset_config_name", "train_file", "validation_file", "task_name", "text_columns"}
@@ -35,8 +40,10 @@ RECIPE_KEYS = {"output_dir", "launcher", "shared", "steps"}
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Run a recipe; returns the rows of all evaluations, each with its `step`."""
+    """Convert without training, or run a recipe; returns the rows of all evaluations, each with its `step`."""
     given = list(sys.argv[1:] if argv is None else argv)
+    if untrained.is_meant(given):
+        return untrained.main(given)
     recipe, flags = read_recipe(given)
     output_dir = Path(flags.pop("output_dir", recipe.get("output_dir", "")))
     steps = plan(recipe, flags, output_dir)
@@ -170,6 +177,23 @@ def run_step(
     return True
 
 
+def command(argv: Sequence[str]) -> int:
+    """As [`main`], with help, and messages for what can be seen to be wrong beforehand; returns the exit status."""
+    if {"-h", "--help"} & {*argv}:
+        untrained.make_parser(sorted(path.stem for path in RECIPES.glob("*.yaml"))).print_help()
+        return 0
+    if untrained.is_meant(argv):
+        return untrained.run(argv)
+    try:
+        recipe, flags = read_recipe(list(argv))
+        plan(recipe, flags, Path(flags.pop("output_dir", recipe.get("output_dir", ""))))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"Not converted: {error}\n")
+        return 1
+    main(argv)
+    return 0
+
+
 if __name__ == "__main__":
     show_messages()
-    main()
+    sys.exit(command(sys.argv[1:]))
