@@ -169,18 +169,22 @@ class _IntegrateAndFire(torch.autograd.Function):
 def _fire(x, theta, start, emitted, signed, membrane=None) -> None:
     """Write the T steps of integrate-and-fire from the membrane potential `start` to `emitted`, `(T, …)`.
 
-    The whole number of thresholds in the potential, cut to one spike (either way if signed): NaN stays NaN, and on a
-    CPU this is faster than making bool tensors. `membrane` gets the potentials before each reset, if given.
+    NaN stays NaN. On a CPU, 0 and 1 in floats are several times as fast as bool tensors. `membrane` gets the
+    potentials before each reset, where it is given; `emitted` may be None then.
     """
     for _, x_, emitted_, theta_, start_, membrane_ in _blocks(x[0], x, emitted, theta, start, membrane):
         v = start_.expand(x_.shape[1:]).clone()
-        for t in range(len(emitted)):
+        for t in range(len(membrane if emitted is None else emitted)):
             v += x_[min(t, len(x) - 1)]
             if membrane_ is not None:
                 membrane_[t] = v
-            spikes = (v / theta_).floor_().clamp_(-1 if signed else 0, 1).mul_(theta_)
+            if signed:
+                spikes = (v / theta_).floor_().clamp_(-1, 1).mul_(theta_)
+            else:
+                spikes = v.clone().ge_(theta_).mul_(theta_).add_(v, alpha=0)
             v -= spikes
-            emitted_[t] = spikes
+            if emitted_ is not None:
+                emitted_[t] = spikes
 
 
 def _differentiate(x, theta, start, grad, signed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -189,20 +193,24 @@ def _differentiate(x, theta, start, grad, signed) -> tuple[torch.Tensor, torch.T
     grad_theta, grad_start = torch.zeros_like(theta), torch.zeros_like(start)
     whole = x[0], x, grad, grad_x, theta, grad_theta, start, grad_start
     for _, x_, grad_, grad_x_, theta_, grad_theta_, start_, grad_start_ in _blocks(*whole):
-        emitted, membrane = torch.empty_like(grad_, dtype=theta.dtype).expand(2, *grad_.shape).clone()
-        _fire(x_, theta_, start_, emitted, signed, membrane)
-        grad_v, grad_here = torch.zeros_like(membrane[0]), torch.zeros_like(membrane[0])
+        membrane = torch.empty_like(grad_, dtype=theta.dtype)
+        _fire(x_, theta_, start_, None, signed, membrane)
+        grad_v, at_spikes = torch.zeros_like(membrane[0]), torch.zeros_like(membrane[0])
         for t in reversed(range(len(grad))):
             grad_emitted = grad_[t] - grad_v
-            grad_here.addcmul_(grad_emitted, emitted[t].div_(theta_))
-            grad_emitted.mul_(theta_)
-            upper = (1 - membrane[t].sub(theta_).abs_()).clamp_(min=0).mul_(grad_emitted)
-            grad_here -= upper  # through v - theta
-            grad_v += upper
             if signed:
-                grad_v += (1 - membrane[t].abs()).clamp_(min=0).mul_(grad_emitted)
+                at_spikes.addcmul_(grad_emitted, (membrane[t] / theta_).floor_().clamp_(-1, 1))
+                below = (1 - membrane[t].abs()).clamp_(min=0).mul_(grad_emitted).mul_(theta_)
+                grad_v += below
+                at_spikes += below  # what the threshold has no part in, taken off with grad_v at the end
+            u = membrane[t].sub_(theta_)
+            surrogate = (1 - u.abs()).clamp_(min=0)
+            if not signed:
+                at_spikes.addcmul_(grad_emitted, u.ge_(0))
+            grad_v.addcmul_(grad_emitted.mul_(theta_), surrogate)
             grad_x_[min(t, len(x) - 1)] += grad_v
-        grad_theta_ += grad_here.sum_to_size(theta_.shape)
+        # Through v - theta the threshold gets minus what its steps added to grad_v: minus grad_v, in all.
+        grad_theta_ += at_spikes.sub_(grad_v).sum_to_size(theta_.shape)
         grad_start_ += grad_v.sum_to_size(start_.shape)
     return grad_x, grad_theta, grad_start
 
