@@ -35,9 +35,9 @@ def _state(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(like: torch.Tensor, *others: torch.Tensor | None):
-    """Views of rows (dimension -2) of all the tensors, in blocks of at most about `BLOCK_SIZE` elements of the first.
+    """Views of rows (dimension -2) of all the tensors, in blocks of about `BLOCK_SIZE` elements; whole where none split.
 
-    What has no rows to split comes whole with every block. On an accelerator, and for the compiler, one block is all.
+    On an accelerator, and for the compiler, one block is all.
     """
     if like.numel() <= BLOCK_SIZE or like.dim() < 2 or like.device.type != "cpu" or torch.compiler.is_compiling():
         return [(like, *others)]
@@ -92,8 +92,7 @@ def _first_spike(z, T: int, signed: bool, base) -> tuple[torch.Tensor, torch.Ten
 
 
 def first_spike_levels(T: int, base, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The levels of a first spike, ascending from 0, `(T + 1,)`, and the inputs between them, `(T,)`, from which on
-    the upper one is emitted."""
+    """The levels of a first spike, ascending from 0, `(T + 1,)`, and the inputs from which on each is emitted."""
     steps = torch.arange(T - 1, -1, -1, device=like.device, dtype=like.dtype)
     levels = torch.cat([like.new_zeros(1), torch.as_tensor(base, device=like.device, dtype=like.dtype) ** -steps])
     return levels, (levels[1:] + levels[:-1]) / 2
@@ -169,8 +168,7 @@ class _IntegrateAndFire(torch.autograd.Function):
 def _fire(x, theta, start, emitted, signed, membrane=None) -> None:
     """Write the T steps of integrate-and-fire from the membrane potential `start` to `emitted`, `(T, …)`.
 
-    NaN stays NaN. On a CPU, 0 and 1 in floats are several times as fast as bool tensors. `membrane` gets the
-    potentials before each reset, where it is given; `emitted` may be None then.
+    NaN stays NaN. `membrane` gets the potentials before each reset, where it is given; `emitted` may be None then.
     """
     for _, x_, emitted_, theta_, start_, membrane_ in _blocks(x[0], x, emitted, theta, start, membrane):
         v = start_.expand(x_.shape[1:]).clone()
@@ -360,9 +358,8 @@ def _differentiate_by_kernel(x, theta, start, grad, signed) -> tuple[torch.Tenso
 def qcfs(x: torch.Tensor, threshold: torch.Tensor, L: int, signed: bool = False) -> torch.Tensor:
     """Quantised clipped ReLU: `threshold · floor(clip(x / threshold, 0, 1) · L + 1/2) / L`.
 
-    Signed, the clip is to [-1, 1], which makes it a quantiser of its input. The gradient passes the floor unchanged
-    and the clip inside its closed interval; the threshold gets one through both places it stands in. Computed in
-    float32 at least.
+    Signed, the clip is to [-1, 1]: a quantiser. The gradient passes the floor unchanged and the clip inside its closed
+    interval; the threshold gets one through both places it stands in. Computed in float32 at least.
 
     Args:
         x (`torch.Tensor`): pre-activations of any shape.
@@ -384,8 +381,7 @@ def spike_rate(
     """Time average of what a neuron emits in T steps of a constant input, in closed form.
 
     Equals `integrate_and_fire(x[None], threshold, initial_potential, T, signed).mean(0)` up to rounding at exact ties,
-    and [`qcfs`] with L = T, bit for bit, for an initial potential of 1/2 (given as `None`). The gradient is that of
-    [`qcfs`], straight through the floor.
+    and [`qcfs`] with L = T, bit for bit, for an initial potential of 1/2 (`None`); so does the gradient.
 
     Args:
         x (`torch.Tensor` of shape `(B, …, D)`): the constant input.
@@ -449,8 +445,8 @@ def spike_train(
 ) -> torch.Tensor:
     """The spikes behind [`encode`], step by step: -1, 0 or 1, `(T, B, …, D)`; plain, and the oracle of all else.
 
-    A neuron holds its input, and at step t fires where it reaches the weight of the step, less half of the last one;
-    what it emitted is taken off. A rate gets its input anew at every step; a first spike is the only one.
+    At step t a neuron fires where what it holds reaches the step's weight, less half of the last one, which is taken
+    off. A rate gets its input anew at every step; a first spike is the only one.
     """
     z = _state(x) / _state(threshold).clamp(min=MIN_THRESHOLD)
     if code == "first_spike":
