@@ -35,7 +35,7 @@ def _state(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(like: torch.Tensor, *others: torch.Tensor | None):
-    """Views of rows (dimension -2) of the tensors, in blocks of about `BLOCK_SIZE` elements; one block for a compiler."""
+    """Views of rows (dimension -2) of the tensors, in blocks of about `BLOCK_SIZE` elements; all, for a compiler."""
     if like.numel() <= BLOCK_SIZE or like.dim() < 2 or like.device.type != "cpu" or torch.compiler.is_compiling():
         return [(like, *others)]
     rows = max(1, BLOCK_SIZE * like.shape[-2] // like.numel())
