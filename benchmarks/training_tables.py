@@ -3,10 +3,11 @@
 python -m benchmarks.training_tables [--check]
 """
 
+import re
 import sys
 from collections.abc import Iterator
 
-from benchmarks.pages import RESULTS, ROOT, Part, command
+from benchmarks.pages import RESULTS, Part, command
 from training.results import flat, markdown_table, read_results
 
 
@@ -72,7 +73,7 @@ def section(name: str, title: str, text: str) -> str:
     if settings:
         sentences = settings["max_steps"] * settings["per_device_train_batch_size"]
         text = text.format(sentences=sentences, seed=settings["seed"])
-    command = record["command"].replace(str(ROOT.parent), "..")
+    command = re.sub(r"/\S*?/(?=(shared|env)/)", "../", record["command"])  # of the machine it ran on
     source = f"`{command}` at {(record['commit'] or 'unknown')[:12]}, {record['date'][:10]}."
     return f"## {title}\n\n{text}\n\n{markdown_table(rows)}\n\n{source}\n"
 
