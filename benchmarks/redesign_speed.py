@@ -1,4 +1,4 @@
-"""Speed of this tree beside that of an older one: the same scripts, alone, by turns, medians of the ratios they report.
+"""Speed of this tree beside that of an older one: the same scripts, alone, by turns, medians of what they report.
 
     git worktree add /tmp/before COMMIT
     PYTHONPATH=. python benchmarks/redesign_speed.py --before /tmp/before [--scripts layerwise decoding] [--turns 3]
