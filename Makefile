@@ -8,7 +8,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 JOBS ?= 2
 ARGS ?=
 BENCHMARKS ?= benchmarks/run.py
-MATRIX_TESTS ?= tests/test_configuration.py tests/test_goldens.py tests/test_models.py tests/test_generation.py tests/test_loading.py tests/test_calibration.py tests/test_calibration_goldens.py tests/test_backbones.py tests/test_layout.py tests/test_packing.py
+MATRIX_TESTS ?= tests/test_configuration.py tests/test_goldens.py tests/test_models.py tests/test_generation.py tests/test_loading.py tests/test_calibration.py tests/test_calibration_goldens.py tests/test_backbones.py tests/test_layout.py tests/test_packing.py tests/test_modes.py tests/test_codes.py
 
 VENV := .venv
 OLD_VENV := .venv-transformers4

@@ -13,8 +13,7 @@ from training.results import flat, markdown_table, read_results
 
 HEAD = """# Training: what was run
 
-Generated (`make tables`) from the files in `benchmarks/results/training`. Spike rates of BERT
-were then a mean over sites, not over all neurons: they are left out, until these runs are made again.
+Generated (`make tables`) from the files in `benchmarks/results/training`.
 """
 # File, title, text.
 SECTIONS = (
@@ -48,18 +47,6 @@ SECTIONS = (
         "SentencePiece",
         "A GPT-2 of 2 layers from scratch with a SentencePiece tokenizer of 4,000 pieces, a short run on the prose.",
     ),
-    (
-        "sst2-gelu",
-        "SST-2: GELU",
-        "all-MiniLM-L6-v2, full validation, {sentences:,} of 67,349 sentences, seed {seed}. "
-        "Begun with a schedule of 2,105 steps and continued at step 600 with one of 1,000, on a crowded machine.",
-    ),
-    (
-        "sst2-qcfs",
-        "SST-2: QCFS",
-        "From the former, {sentences:,} of 67,349 sentences, seed {seed}, not calibrated. "
-        "Begun with a schedule of 1,000 steps and continued at step 300 with one of 600.",
-    ),
 )
 
 
@@ -69,10 +56,6 @@ def section(name: str, title: str, text: str) -> str:
     metrics = record["metrics"]
     found = map(flat, metrics["rows"]) if isinstance(metrics, dict) else metrics
     rows = [{column: _short(value) for column, value in row.items()} for row in found]
-    settings = record["configuration"].get("training", {})
-    if settings:
-        sentences = settings["max_steps"] * settings["per_device_train_batch_size"]
-        text = text.format(sentences=sentences, seed=settings["seed"])
     command = re.sub(r"/\S*?/(?=(shared|env)/)", "../", record["command"])  # of the machine it ran on
     source = f"`{command}` at {(record['commit'] or 'unknown')[:12]}, {record['date'][:10]}."
     return f"## {title}\n\n{text}\n\n{markdown_table(rows)}\n\n{source}\n"
