@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -95,6 +96,22 @@ def read_results(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
+def fault_of(row: Mapping[str, Any]) -> str | None:
+    """What a row of an evaluation has that `docs/results-schema.md` does not allow, or None."""
+    missing = [name for name in ("mode", "T", "schedule", "split", "quality") if name not in row]
+    if missing or not isinstance(row["quality"], Mapping):
+        return f"one without {missing[0] if missing else 'a mapping'} (of an earlier version?)"
+    if row["mode"] not in MODES or type(row["T"]) is not int:
+        return f"mode {row['mode']!r:.40} with T = {row['T']!r:.40}"
+    energy = row.get("energy", {"ratio": 1})
+    numbers = {**row["quality"], "energy.ratio": energy.get("ratio") if isinstance(energy, Mapping) else energy}
+    numbers |= {name: row[name] for name in ("agreement", "spike_rate") if row.get(name) is not None}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return f"`{name}` {value!r:.40}, no finite number, at T = {row['T']}"
+    return None
+
+
 def checksum(record: Mapping[str, Any]) -> str:
     """Return the SHA-256 of what a results file says was measured, and on what: `metrics` and `configuration`."""
     said = {name: plain(record[name]) for name in ("configuration", "metrics")}
@@ -135,6 +152,11 @@ def escaped(text: Any) -> str:
     text = _CONTROLS.sub(" ", str(text))
     marks = r"[\\`*\[\]<>&$|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
     return re.sub(marks, lambda found: f"&#{ord(found[0])};", text)
+
+
+def escaped_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a table with its names and texts [`escaped`]."""
+    return {escaped(key): escaped(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def code(text: Any) -> str:

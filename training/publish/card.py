@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from configuration_fas import BACKBONES, Backbone
 
-from ..results import MODES, code, escaped, flat, markdown_table, without_secrets
+from ..results import MODES, code, escaped, escaped_row, flat, markdown_table, without_secrets
 from .clean_load import auto_class_name
 from .files import VerificationError
 from .records import Record, Sources, lineage
@@ -236,12 +236,7 @@ def _eval_results(
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    return _escaped(flat(row) | {"mode": MODES[row["mode"]]})
-
-
-def _escaped(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a table without markup: names and texts in it come from checkpoints, data and results files."""
-    return {escaped(key): escaped(value) if isinstance(value, str) else value for key, value in row.items()}
+    return escaped_row(flat(row) | {"mode": MODES[row["mode"]]})
 
 
 def _quality_table(rows: list[dict[str, Any]]) -> str:
@@ -301,7 +296,7 @@ def _record_tables(history: list[Record]) -> str:
         row |= {title: record.setting("training", name) for name, title in RECORDED.items()}
         if row["stage"] == "calibrate":
             row[RECORDED["learning_rate"]] = None  # of the weights, which are frozen
-        stages.append(_escaped({key: None if value == -1 else _short(value) for key, value in row.items()}))
+        stages.append(escaped_row({key: None if value == -1 else _short(value) for key, value in row.items()}))
     last = history[0].content
     versions = ", ".join(escaped(f"{name} {version}") for name, version in (last.get("versions") or {}).items())
     hardware = ", ".join(escaped(f"{key}: {value}") for key, value in (last.get("hardware") or {}).items())

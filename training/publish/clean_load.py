@@ -118,8 +118,8 @@ def main(project: str, tokenizer_folder: str, folder: str, output: str) -> None:
 
     config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     model = load_by_project(folder, config, project) if project else load_by_remote_code(folder, config)
-    found = {"faults": weight_faults(model, folder), "token_ids": token_ids(tokenizer_folder, not project)}
-    found["fingerprint"] = None
+    faults, ids = weight_faults(model, folder), token_ids(tokenizer_folder, trust_remote_code=not project)
+    found: dict[str, Any] = {"faults": faults, "token_ids": ids, "fingerprint": None}
     logits = probe_logits(model)
     if project:
         from training.results import fingerprint

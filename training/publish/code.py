@@ -122,8 +122,8 @@ def check_code_files(folder: Path, allow_changed: bool = False) -> str:
 
 
 def _difference(name: str, own: bytes, other: bytes) -> str:
-    lines = [each.decode("utf-8").splitlines() for each in (own, other)]
-    found = difflib.unified_diff(*lines, f"{__version__}/{name}", f"folder/{name}", lineterm="")
+    before, after = (each.decode("utf-8").splitlines() for each in (own, other))
+    found = difflib.unified_diff(before, after, f"{__version__}/{name}", f"folder/{name}", lineterm="")
     return "".join(f"{line}\n" for line in found)
 
 

@@ -1,12 +1,11 @@
 """The results files of a checkpoint folder: read, and held against the weights they claim to be of."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..results import MODES, checksum, read_results
+from ..results import checksum, fault_of, read_results
 from .files import REPORT, VerificationError, read_json
 
 
@@ -33,26 +32,12 @@ class Record:
         if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
             raise VerificationError(f"`{self.file}` must hold a list of rows, got {rows!r:.60}. {AGAIN}")
         rows = [row for row in rows if "T" in row]
-        for row in rows:
-            self._check(row)
-        return rows
-
-    def _check(self, row: Mapping[str, Any]) -> None:
-        known = {"mode", "schedule", "split", "quality"} <= row.keys() and isinstance(row["quality"], Mapping)
-        if not known or row["mode"] not in MODES or type(row["T"]) is not int:
+        if fault := next(filter(None, map(fault_of, rows)), None):
             raise VerificationError(
-                f"`{self.file}` must hold rows as docs/results-schema.md says, got (of an earlier version?) "
-                f"{', '.join(map(str, row))[:200]}. {AGAIN}"
+                f"`{self.file}` must hold rows as docs/results-schema.md says, got {fault}. If training diverged, "
+                f"train again with a lower rate. {AGAIN}"
             )
-        energy = row.get("energy", {"ratio": 1})
-        numbers = {**row["quality"], "energy.ratio": energy.get("ratio") if isinstance(energy, Mapping) else energy}
-        optional = {name: row[name] for name in ("agreement", "spike_rate") if row.get(name) is not None}
-        for name, value in {**numbers, **optional}.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise VerificationError(
-                    f"`{name}` in {self.file} must be a finite number, got {value!r:.60} at T = {row['T']}. "
-                    "Where training diverged, train again with a lower rate; otherwise evaluate again."
-                )
+        return rows
 
     def setting(self, part: str, name: str) -> Any:
         """One setting of the run, or None."""
@@ -114,8 +99,8 @@ class Sources:
             VerificationError: if a record in it was edited since.
         """
         try:
-            records = {name: [Record(**record) for record in content[name]] for name in ("records", "earlier")}
-            sources = cls(config=content["config"], calibration=content["calibration"], **records)
+            records, earlier = ([Record(**each) for each in content[name]] for name in ("records", "earlier"))
+            sources = cls(content["config"], records, earlier, content["calibration"], content.get("code"))
             for record in [*sources.records, *sources.earlier]:
                 record.check_unedited()
         except (KeyError, TypeError, AttributeError) as error:
