@@ -88,6 +88,7 @@ def tiny_results(folder: Path, kind: str, base: str = "someone/base", model=None
             "data": task,
             "training": {"seed": 43, "learning_rate": 3.7e-5, "max_steps": 29, "per_device_train_batch_size": 17},
             "weights_sha256": model and fingerprint(model),
+            "config": model and model.config.to_dict(),
         },
         command=f"python -m training.run_glue --model_name_or_path /home/someone/secret/place --output_dir {folder}",
     )

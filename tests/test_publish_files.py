@@ -128,11 +128,11 @@ SPOILED = {
     ),
     "tokenizer-code": (
         lambda f: edit_json(f / TOKENIZER, auto_map={"AutoTokenizer": ["modeling_fas.Tok", None]}),
-        f"`auto_map` in {TOKENIZER} must be in config.json alone",
+        f"`auto_map` in {TOKENIZER} must map Auto classes of models",
     ),
     "old-tokenizer-code": (lambda f: edit_json(f / TOKENIZER, auto_map=["x.Tok", None]), f"`auto_map` in {TOKENIZER}"),
     "generation-code": (
-        lambda f: write_json(f / "generation_config.json", {"auto_map": {"AutoModel": "modeling_fas.X"}}),
+        lambda f: write_json(f / "generation_config.json", {"auto_map": {"AutoModel": "helpers.X"}}),
         "`auto_map` in generation_config.json",
     ),
     "pipeline-code": (

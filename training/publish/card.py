@@ -180,8 +180,8 @@ def _card_of(folder: Path) -> dict[str, Any]:
         return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
     except (ValueError, OSError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise VerificationError(
-            f"`README.md` in {str(folder)!r} must be a model card, got {error}. Mend its head, or remove it: a new "
-            "one is written."
+            f"`README.md` in {str(folder)!r} must be a model card, got {' '.join(str(error).split())}. Mend its "
+            "head, or remove it: a new one is written."
         ) from error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 
+OPTIONS: dict[str, Any] = {"ignore_mismatched_sizes": True}  # `weight_faults` names them
 PROBE_TEXT = "The café sold 1,024 spikes – not one was late, it's said."
 
 
@@ -86,7 +87,7 @@ def load_by_remote_code(folder: str, config: dict[str, Any]):
     import transformers
 
     auto_class = getattr(transformers, auto_class_name(config))
-    model = auto_class.from_pretrained(folder, trust_remote_code=True)
+    model = auto_class.from_pretrained(folder, trust_remote_code=True, **OPTIONS)
     local = {"configuration_fas", "modeling_fas", "neurons_fas", "sites_fas", "training"} & sys.modules.keys()
     if local:
         raise RuntimeError(f"the folder needs modules that are not in it: {', '.join(sorted(local))}")
@@ -102,7 +103,7 @@ def load_by_project(folder: str, config: dict[str, Any], project: str):
     model_class = getattr(modeling_fas, name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, modeling_fas.FASMixin)):
         raise ValueError(f"`architectures` in config.json must name a FAS model, got {name!r}.")
-    return model_class.from_pretrained(folder)
+    return model_class.from_pretrained(folder, **OPTIONS)
 
 
 def main(project: str, tokenizer_folder: str, folder: str, output: str) -> None:

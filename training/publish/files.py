@@ -86,8 +86,8 @@ def check_files(folder: Path) -> None:
     for name in CODE_FILES:
         if not (folder / name).is_file():
             raise VerificationError(
-                f"`{name}` must be in {str(folder)!r}, which has none. Load the model with this project's classes "
-                "and save it with `save_pretrained`, which writes the code files too."
+                f"`{name}` must be in the folder, which has none. Load the model with this project's classes and save "
+                "it with `save_pretrained`, which writes the code files too."
             )
     check_weights(folder)
 
@@ -96,15 +96,14 @@ def check_weights(folder: Path) -> None:
     """Raise unless a folder holds a configuration, and weights as safetensors under names that stay in it."""
     if not (folder / "config.json").is_file():
         raise VerificationError(
-            f"`config.json` must be in {str(folder)!r}, which has none: it is no checkpoint. Save the model with "
+            "`config.json` must be in the folder, which has none: it is no checkpoint. Save the model with "
             "`save_pretrained`."
         )
     check_config(read_json(folder / "config.json"))
     weights = {path.name for path in folder.glob("*.safetensors")}
     if not weights:
         raise VerificationError(
-            f"`folder` must hold weights as safetensors, got none in {str(folder)!r}. Save the model with "
-            "`save_pretrained`."
+            "`folder` must hold weights as safetensors, got none. Save the model with `save_pretrained`."
         )
     for index in folder.glob("*.index.json"):
         shards = read_json(index).get("weight_map")
@@ -183,15 +182,15 @@ def _json(path: Path) -> str:
 
 
 def _check_reference(file: str, key: str, value: Any) -> None:
-    """Raise unless an `auto_map` maps Auto classes to classes of the folder's own code files, in config.json."""
+    """Raise unless an `auto_map` maps Auto classes of models to classes of the folder's own code files."""
     references = value.items() if isinstance(value, dict) else [(key, value)]
     for auto_class, reference in references:
         module, _, name = reference.partition(".") if isinstance(reference, str) else ("", "", "")
-        own = file == "config.json" and key == "auto_map" and auto_class in AUTO_CLASSES
+        own = key == "auto_map" and auto_class in AUTO_CLASSES
         if not own or module not in SIBLINGS or not name.isidentifier():
             raise VerificationError(
-                f"`{key}` in {file} must be in config.json alone, and name classes of the folder's own code files, "
-                f"got {reference!r:.80} for {auto_class}: who loads this checkpoint would run code from elsewhere."
+                f"`{key}` in {file} must map Auto classes of models to classes of the folder's own code files, got "
+                f"{reference!r:.80} for {auto_class}: who loads this checkpoint would run code from elsewhere."
             )
 
 
