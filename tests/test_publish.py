@@ -250,6 +250,11 @@ def test_the_processes_know_neither_secrets_nor_home_nor_this_repository(folder,
     assert not {"", os.getcwd()} & set(clean_process.interpreter("sys.path"))
 
 
+def test_the_fingerprint_of_a_folder_is_that_of_its_model(folder, clean_process):
+    assert verification.weights_sha256(folder) == fingerprint(FASBertForSequenceClassification.from_pretrained(folder))
+    assert [Path(command[-4]) for command in clean_process.commands] == [verification.ROOT]
+
+
 def test_nothing_of_the_folder_is_loaded_in_this_process(folder, clean_process, monkeypatch, tmp_path):
     """The stand-in loads for the other processes, so it is kept from it here."""
     found = clean_process.run([*["", str(folder), str(folder), str(tmp_path / "found.safetensors")]], env={})

@@ -269,6 +269,12 @@ def _calibration(config: Mapping[str, Any], record: Mapping[str, Any] | None) ->
     if config.get("calib_T") is None:
         return ""
     text = f"Calibrated for T = {config['calib_T']} at granularity `{config['granularity']}`."
+    own = {"T": config["calib_T"], "granularity": config["granularity"]}
+    if record and (other := {name: record.get(name) for name in own}) != own:
+        raise VerificationError(
+            f"`calibration.json` must be of the calibration in config.json, {own}, got {other}. Calibrate again, or "
+            "remove the file."
+        )
     stages = record.get("stages") if record else None
     if not stages:
         return text
