@@ -30,6 +30,8 @@ FROZEN = Path(__file__).parent / "frozen"
 PASSED_IN_0_1 = {
     "from-import": "from torch import os",
     "from-import-renamed": "from transformers.modeling_utils import sys as s",
+    "from-import-unloaded": "from transformers.models.fuyu.modeling_fuyu import os",
+    "remote-code-flag": "object(trust_remote_code=True)",
     "builtins": "from inspect import builtins as b",
     "joined-strings": 'import torch\ngetattr(torch, "hub").__dict__["o" + "s"]',
     "renamed-module": "import torch\nt = torch\nt.load('x')",

@@ -173,6 +173,7 @@ else:
     trainer_class = Trainer if "{push}" == "trainer" else PublishingTrainer
     trainer = trainer_class(model, args, train_dataset=rows, processing_class=tiny_tokenizer("gpt2", folder))
     trainer.train()
+    tiny_results(folder, "gpt2", model=model)  # those from before are of other weights
     trainer.push_to_hub()
 save_file({{k: v.detach() for k, v in probe_logits(model).items()}}, "expected.safetensors")
 """)

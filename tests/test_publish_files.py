@@ -22,8 +22,8 @@ from training.publish.upload import publish
 from training.results import write_results
 
 
-HF_OAUTH = "hf_oauth_" + "eyJhbGciOiJFZERTQSJ9.eyJzY29wZSI6InJlYWQifQ"
-HF_JWT = "hf_jwt_" + "eyJhbGciOiJFZERTQSJ9.eyJyZWFkIjoxfQ.c2lnbmF0dXJl"
+HF_OAUTH = "hf_oauth_" + "AbCd1234-EfGh5678_IjKl"
+HF_JWT = "hf_jwt_" + "MnOp1234.QrSt5678.UvWx"
 GITHUB = "ghp_" + "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8"
 AWS = "AKIA" + "IOSFODNN7EXAMPLE"
 
@@ -69,6 +69,7 @@ def pickled_shard(folder):
 
 
 OLD_PICKLE = b"cos\nsystem\n(S'true'\ntR."  # protocol 0: no mark at its beginning
+CLASSIFIER = "FASBertForSequenceClassification"
 CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
 SPOILED = {
     "pickle": (lambda f: (f / "pytorch_model.bin").write_bytes(b"anything"), "must not be a pickle"),
@@ -121,7 +122,10 @@ SPOILED = {
         "got 'helpers.Model'",
     ),
     "foreign-class": (lambda f: edit_json(f / CONFIG, auto_map={"AutoModel": "modeling_fas.os.x"}), "`auto_map` in"),
-    "foreign-key": (lambda f: edit_json(f / CONFIG, auto_map={"pipeline": "modeling_fas.X"}), "`auto_map` in config"),
+    "foreign-key": (
+        lambda f: edit_json(f / CONFIG, auto_map={"pipeline": f"modeling_fas.{CLASSIFIER}"}),
+        "`auto_map` in config.json must map Auto classes of models",
+    ),
     "nested-auto-map": (
         lambda f: edit_json(f / CONFIG, text_config={"auto_map": {"AutoModel": "x.Y"}}),
         "`auto_map` in config.json",

@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from detect_secrets.plugins.aws import AWSKeyDetector
@@ -33,6 +33,7 @@ from sentencepiece import SentencePieceProcessor
 from configuration_fas import BACKBONES
 
 from ..results import plain
+from ..shards import check_shards
 from .clean_load import auto_class_name
 from .code import CODE_FILES, SIBLINGS, VerificationError
 
@@ -100,21 +101,14 @@ def check_weights(folder: Path) -> None:
             "`save_pretrained`."
         )
     check_config(read_json(folder / "config.json"))
-    weights = {path.name for path in folder.glob("*.safetensors")}
-    if not weights:
+    if not any(folder.glob("*.safetensors")):
         raise VerificationError(
             "`folder` must hold weights as safetensors, got none. Save the model with `save_pretrained`."
         )
-    for index in folder.glob("*.index.json"):
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise VerificationError(f"`weight_map` in {index.name} must be a mapping, got {shards!r:.60}.")
-        for name in shards.values():
-            if not is_plain_name(name) or name not in weights:
-                raise VerificationError(
-                    f"`weight_map` in {index.name} must name safetensors files of the folder, got {name!r:.60}: "
-                    "another file would be read as a pickle, or from outside. Save the model again."
-                )
+    try:
+        check_shards(folder)
+    except ValueError as error:
+        raise VerificationError(str(error)) from error
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -248,16 +242,6 @@ def refuse_pickle(path: Path) -> None:
             f"`{path.name}` must not be a pickle, which can run code when it is loaded. Save the weights as "
             "safetensors with `model.save_pretrained(folder)`, and delete the old file."
         )
-
-
-def is_plain_name(name: Any) -> bool:
-    """Whether `name` is a file name with no way out of its folder."""
-    return (
-        isinstance(name, str)
-        and name not in ("", ".", "..")
-        and PurePosixPath(name).name == name
-        and not re.search(r"[\\:\x00-\x1f]", name)
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
