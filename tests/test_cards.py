@@ -182,6 +182,13 @@ def test_calibration_is_told_site_by_site(tmp_path):
     assert "| `bert.pooler.activation` | 0.09351 | 0.05919 | 0.03513 | 0.95110 | 0.46230 |" in content
 
 
+@pytest.mark.parametrize("base", [None, 3, {"a": 1}, ["x"], "../x"])
+def test_a_base_model_of_any_type_is_no_fault(base, tmp_path):
+    tiny_checkpoint(tmp_path, "classifier", results=False)
+    tiny_results(tmp_path, "classifier", base=base)
+    assert make_card(tmp_path, "tester/tiny", inherited_options(tmp_path, CardOptions())).data.base_model is None
+
+
 def test_a_calibration_of_other_settings_is_refused(tmp_path):
     tiny_checkpoint(tmp_path, "classifier")
     calibration_record(tmp_path)

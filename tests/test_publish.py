@@ -335,6 +335,7 @@ FALSE_RESULTS = {
         "must be measured on the weights in",
     ),
     "bogus-mode": (resealed(lambda content: content["metrics"]["rows"][0].update(mode="magic")), "must hold rows as"),
+    "mode-of-a-list": (resealed(lambda content: content["metrics"]["rows"][0].update(mode=[1])), "got mode \\[1\\]"),
     "no-list": (resealed(lambda content: content["metrics"].update(rows=3)), "must hold a list of rows, got 3"),
     "flat-settings": (lambda content: content.update(configuration=[]), "`configuration` in evaluation.json must be"),
     "missing-split": (resealed(lambda content: content["metrics"]["rows"][0].pop("split")), "must hold rows as"),

@@ -101,7 +101,7 @@ def fault_of(row: Mapping[str, Any]) -> str | None:
     missing = [name for name in ("mode", "T", "schedule", "split", "quality") if name not in row]
     if missing or not isinstance(row["quality"], Mapping):
         return f"one without {missing[0] if missing else 'a mapping'} (of an earlier version?)"
-    if row["mode"] not in MODES or type(row["T"]) is not int:
+    if row["mode"] not in [*MODES] or type(row["T"]) is not int:
         return f"mode {row['mode']!r:.40} with T = {row['T']!r:.40}"
     energy = row.get("energy", {"ratio": 1})
     numbers = {**row["quality"], "energy.ratio": energy.get("ratio") if isinstance(energy, Mapping) else energy}

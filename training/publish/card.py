@@ -160,7 +160,7 @@ def card_data(
 def inherited_options(folder: Path, options: CardOptions) -> CardOptions:
     """The options, with what is missing taken from the card in the folder, then from that of its base model."""
     history = list(lineage(folder))
-    base = Path(history[-1][1].setting("model", "model_name_or_path") or "") if history else Path()
+    base = Path(str(history[-1][1].setting("model", "model_name_or_path") or "")) if history else Path()
     own, others = _card_of(folder), [_card_of(base)] if base != Path() else []
 
     def first(name: str) -> Any:

@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, PublishError) as error:
         logger.error(f"Not published: {error}", exc_info=args.debug)
         return 1
-    except (OSError, RuntimeError, MemoryError) as error:
-        text = str(error) or type(error).__name__
+    except (OSError, RuntimeError, MemoryError, LookupError, TypeError, AttributeError) as error:
+        text = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error} (--debug shows where)"
         logger.error(
             f"Not published: {text}. Nothing was uploaded, and no half-written folder is left.", exc_info=args.debug
         )
