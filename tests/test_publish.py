@@ -6,6 +6,7 @@ import pickle
 import resource
 import shutil
 import subprocess
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,13 @@ class CleanProcess:
     commands: list[list[str]] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     answer: tuple[dict[str, torch.Tensor], list[int] | None] | None = None
+    lock: Any = field(default_factory=threading.Lock)
 
     def run(self, command, **options) -> subprocess.CompletedProcess:
+        with self.lock:  # from_pretrained of transformers patches its own classes while it runs
+            return self._run(command, **options)
+
+    def _run(self, command, **options) -> subprocess.CompletedProcess:
         self.commands.append(command)
         self.environment = options["env"]
         project, tokenizer, folder, output = command[-4:]

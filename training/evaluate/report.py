@@ -71,9 +71,8 @@ def write_report(path: str | Path) -> Path:
         results = read_results(path)
         rows = results["metrics"]["rows"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"`path` must be a results file of training.evaluate, got {str(path)!r}: {error!r}"
-        ) from error
+        wrong = error if isinstance(error, OSError | ValueError) else repr(error)
+        raise ValueError(f"`path` must be a results file of training.evaluate, got {str(path)!r}: {wrong}") from error
     if not rows:
         raise ValueError(f"`path` must hold at least one finished row, got none in {str(path)!r}.")
     makers = {"quality": quality_plot, "spike_rate": spike_rate_plot, "energy": energy_plot}

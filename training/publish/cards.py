@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..results import read_results, write_json
 from .card import CardOptions, build_card, inherited_options
-from .files import VerificationError
+from .files import VerificationError, check_weights
 from .records import Sources, read_sources
 from .verification import weights_sha256
 
@@ -23,6 +23,7 @@ def write_card(folder: Path, repo_id: str, options: CardOptions, path: Path) -> 
     Raises:
         VerificationError: if the folder is no checkpoint, or holds results of other weights.
     """
+    check_weights(folder)
     sources, options = read_sources(folder), inherited_options(folder, options)
     if any(record.rows for record in sources.records):
         weights = weights_sha256(folder)

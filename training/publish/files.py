@@ -84,13 +84,13 @@ def check_files(folder: Path) -> None:
             raise VerificationError(f"`{name}` must be a file of its own, got a link to {os.readlink(path)!r}.")
         if path.is_file():
             check_file(path, name)
+    check_weights(folder)
     for name in CODE_FILES:
         if not (folder / name).is_file():
             raise VerificationError(
                 f"`{name}` must be in the folder, which has none. Load the model with this project's classes and save "
                 "it with `save_pretrained`, which writes the code files too."
             )
-    check_weights(folder)
 
 
 def check_weights(folder: Path) -> None:
