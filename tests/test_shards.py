@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_fas import FASBertForSequenceClassification
+from training.evaluate.command import _load
 from training.shards import check_shards, is_plain_name
 
 
@@ -25,8 +26,13 @@ def test_an_index_that_names_anything_else_is_refused_though_transformers_reads_
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     if name in ("x.bin", "../outside.safetensors"):
         FASBertForSequenceClassification.from_pretrained(folder)
+    for refusing in (check_shards, lambda source: _load(FASBertForSequenceClassification, source, "checkpoint")):
+        refused(refusing, folder)
+
+
+def refused(refusing, folder):
     with pytest.raises(ValueError, match=r"`weight_map` in model\.safetensors\.index\.json must name safetensors"):
-        check_shards(folder)
+        refusing(folder)
 
 
 def test_whole_shards_and_names_on_the_hub_pass(folder):
