@@ -13,7 +13,7 @@ from modeling_fas import (
     FASGPT2LMHeadModel,
     FASGPT2Model,
 )
-from training.results import write_results
+from training.results import fingerprint, write_results
 
 
 WORDS = ["the", "cat", "sat", "on", "mat", "a", "dog", "ran", "it", "was", "late", "good", "bad", "not"]
@@ -69,7 +69,7 @@ def tiny_tokenizer(kind: str, folder: Path):
     return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}, model_max_length=32)
 
 
-def tiny_results(folder: Path, kind: str, base: str = "someone/base") -> None:
+def tiny_results(folder: Path, kind: str, base: str = "someone/base", model=None) -> None:
     """`evaluation.json` as a training run writes it, with numbers that stand nowhere else."""
     task = {"task_name": "sst2"} if kind == "classifier" else {"dataset_name": "someone/text"}
     metric = "accuracy" if kind == "classifier" else "perplexity"
@@ -87,6 +87,8 @@ def tiny_results(folder: Path, kind: str, base: str = "someone/base") -> None:
             "model": {"stage": "calibrate", "model_name_or_path": base},
             "data": task,
             "training": {"seed": 43, "learning_rate": 3.7e-5, "max_steps": 29, "per_device_train_batch_size": 17},
+            "weights_sha256": model and fingerprint(model),
+            "config": model and model.config.to_dict(),
         },
         command=f"python -m training.run_glue --model_name_or_path /home/someone/secret/place --output_dir {folder}",
     )
@@ -98,5 +100,5 @@ def tiny_checkpoint(folder: Path, kind: str, results: bool = True, seed: int = 0
     model.save_pretrained(folder)
     tiny_tokenizer(kind, folder).save_pretrained(folder)
     if results:
-        tiny_results(folder, kind)
+        tiny_results(folder, kind, model=model)
     return model

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 
@@ -49,3 +50,19 @@ def shared() -> Path:
 def run_outside(tmp_path):
     """`run_outside(["-c", code, ...])`: a new process in `tmp_path` that cannot import this repository; its output."""
     return lambda args: run_outside_repository(args, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """The folder of a tiny classifier with results, not to be changed."""
+    from checkpoints import tiny_checkpoint
+
+    folder = tmp_path_factory.mktemp("made") / "checkpoint"
+    tiny_checkpoint(folder, "classifier")
+    return folder
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path) -> Path:
+    """A copy of the checkpoint, to spoil."""
+    return shutil.copytree(checkpoint, tmp_path / "checkpoint")

@@ -13,6 +13,8 @@ import backbones
 from checkpoints import tiny_checkpoint
 from configuration_fas import __version__
 from training.publish.clean_load import probe_logits
+from training.publish.code import RELEASED, digests
+from training.results import write_json
 
 
 SMALL = {
@@ -55,9 +57,17 @@ def keep_code(folder: Path, target: Path) -> None:
         shutil.move(code, target / f"{code.name}.txt")  # out of reach of formatters
 
 
+def released(frozen: Path) -> dict[str, dict[str, str]]:
+    """SHA-256 of the code files of every version that was frozen before this one, and is final with it."""
+    folders = sorted(path for path in frozen.iterdir() if path.is_dir() and path.name != __version__)
+    files = {each.name: {code.stem: code.read_bytes() for code in each.glob("*.py.txt")} for each in folders}
+    return {version: digests(each) for version, each in files.items()}
+
+
 if __name__ == "__main__":
     target = Path(__file__).parent / "frozen" / __version__
     if target.exists() and "--again" not in sys.argv:
         raise SystemExit(f"{target} exists: what was released is not frozen again. (--again, before the release)")
     shutil.rmtree(target, ignore_errors=True)
     freeze(target)
+    write_json(RELEASED, released(target.parent))

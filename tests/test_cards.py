@@ -10,17 +10,16 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from checkpoints import MODELS, tiny_checkpoint, tiny_results
+from training.publish import cards
 from training.publish.card import (
     TEMPLATE,
     CardOptions,
-    Record,
     build_card,
     inherited_options,
-    lineage,
-    read_sources,
 )
 from training.publish.cards import main, rewrite_card
-from training.publish.verification import VerificationError
+from training.publish.files import VerificationError
+from training.publish.records import Record, lineage, read_sources
 from training.results import fingerprint, flat, write_json, write_results
 
 
@@ -62,6 +61,16 @@ def calibration_record(folder: Path) -> None:
         for stage, error in [("uncalibrated", 0.03117), ("coarse", 0.01973), ("fine", 0.01171)]
     }
     write_json(folder / "calibration.json", {"T": 4, "L": 8, "granularity": "neuron", "stages": stages})
+
+
+@pytest.fixture(autouse=True)
+def loaded_here(monkeypatch):
+    """The process that loads the weights is left out: tests of publishing start it."""
+
+    def weights(folder):
+        return fingerprint(MODELS["classifier"].from_pretrained(folder))
+
+    monkeypatch.setattr(cards, "weights_sha256", weights)
 
 
 @pytest.fixture(params=["evaluation", "report"])
@@ -171,6 +180,77 @@ def test_calibration_is_told_site_by_site(tmp_path):
     calibration_record(tmp_path)
     content = make_card(tmp_path, "tester/tiny", CardOptions()).content
     assert "| `bert.pooler.activation` | 0.09351 | 0.05919 | 0.03513 | 0.95110 | 0.46230 |" in content
+
+
+@pytest.mark.parametrize("base", [None, 3, {"a": 1}, ["x"], "../x"])
+def test_a_base_model_of_any_type_is_no_fault(base, tmp_path):
+    tiny_checkpoint(tmp_path, "classifier", results=False)
+    tiny_results(tmp_path, "classifier", base=base)
+    assert make_card(tmp_path, "tester/tiny", inherited_options(tmp_path, CardOptions())).data.base_model is None
+
+
+def test_a_calibration_of_other_settings_is_refused(tmp_path):
+    tiny_checkpoint(tmp_path, "classifier")
+    calibration_record(tmp_path)
+    content = json.loads((tmp_path / "calibration.json").read_text())
+    write_json(tmp_path / "calibration.json", content | {"T": 8})
+    with pytest.raises(
+        VerificationError, match=r"`calibration.json` must be of the calibration .*'T': 4.*got .*'T': 8"
+    ):
+        make_card(tmp_path, "tester/tiny", CardOptions())
+
+
+HOSTILE = "x|y`z` <img src=x> [a](javascript:b) $\\foo$\n# head"
+
+
+def test_names_out_of_checkpoints_and_data_are_no_markup_in_a_card(tmp_path):
+    tiny_checkpoint(tmp_path, "classifier")
+    calibration_record(tmp_path)
+    path = tmp_path / "evaluation.json"
+    content = json.loads(path.read_text())
+    for row in content["metrics"]["rows"]:
+        row["quality"][HOSTILE] = 0.5
+        row["split"] = HOSTILE if row["T"] else "validation"
+    content["hardware"], content["versions"] = {HOSTILE: HOSTILE}, {HOSTILE: HOSTILE}
+    content |= {"commit": HOSTILE, "date": HOSTILE, "command": f"run {HOSTILE}"}
+    content["configuration"]["model"]["stage"] = HOSTILE
+    content["configuration"]["data"] = {"dataset_name": HOSTILE}
+    write_json(path, content)
+    calibration = json.loads((tmp_path / "calibration.json").read_text())
+    calibration["stages"] = {HOSTILE: {HOSTILE: next(iter(calibration["stages"]["fine"].values()))}}
+    write_json(tmp_path / "calibration.json", calibration)
+    edited = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", edited | {"fas_version": HOSTILE, "transformers_version": HOSTILE})
+    card = make_card(tmp_path, "tester/tiny", CardOptions())
+    text = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", card.text)  # without code spans
+    for markup in ("<img", "[a](", "\n# head", "$"):
+        assert markup not in text, markup
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+    lines = [line.replace("\\|", "").count("|") for line in card.text.splitlines() if line.startswith("|")]
+    assert min(lines) > 2 and len(lines) > 10
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"sources": {}, "repo_id": "a/b", "options": {}}'])
+def test_a_file_that_is_beside_no_card_is_a_message(content, tmp_path, capsys):
+    (tmp_path / "card.json").write_text(content)
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "card.json")])
+    said = capsys.readouterr().err
+    assert "must" in said and "Traceback" not in said
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "card.json"), "--debug"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_edited_results_beside_a_card_are_refused(folder, tmp_path, capsys):
+    report(folder, fingerprint(MODELS["classifier"].from_pretrained(folder)))
+    assert main([str(folder), "tester/tiny", str(tmp_path / "tiny.md")]) == 0
+    content = json.loads((tmp_path / "tiny.json").read_text())
+    measured_by(content).content["metrics"]["rows"][0]["quality"]["accuracy"] = 0.99
+    write_json(tmp_path / "tiny.json", content)
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "tiny.json")])
+    assert "must stand as it was written" in capsys.readouterr().err
 
 
 def test_the_stages_are_followed_to_the_base_model(tmp_path):
@@ -291,6 +371,7 @@ def test_a_committed_card_shows_every_figure_of_quality_and_cost(committed):
                 change[name] += 0.011
             else:
                 change["quality"][name] += 0.011
+            measured_by(content).content.pop("sha256", None)  # what was edited is refused by it
             source.write_text(json.dumps(content))
             rewrite_card(source)
             assert source.with_suffix(".md").read_bytes() != card.read_bytes(), (row, name)

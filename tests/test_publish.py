@@ -6,14 +6,17 @@ import pickle
 import resource
 import shutil
 import subprocess
-import zipfile
+import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from checkpoints import tiny_checkpoint
 from configuration_fas import __version__
@@ -21,27 +24,17 @@ from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, local_client, running_hub
 from modeling_fas import FASBertForSequenceClassification
 from training.publish import upload as publishing
 from training.publish import verification
-from training.publish.card import CardOptions, build_card, read_sources
-from training.publish.clean_load import probe_logits, token_ids
+from training.publish.card import CardOptions, build_card
+from training.publish.clean_load import probe_logits, token_ids, weight_faults
+from training.publish.code import CODE_FILES, LATER_CODE_FILES, VerificationError
+from training.publish.files import check_files
+from training.publish.records import read_sources
 from training.publish.upload import PublishError, portable_tokenizer_settings, publish, stage, upload
-from training.publish.verification import VerificationError, check_code, check_files, is_plain_name
-from training.results import fingerprint, write_results
+from training.publish.verification import Found
+from training.results import checksum, fingerprint, write_results
 
 
 REPO = "tester/tiny"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made") / "checkpoint"
-    tiny_checkpoint(folder, "classifier")
-    return folder
-
-
-@pytest.fixture
-def folder(checkpoint, tmp_path):
-    """A copy of the checkpoint, to spoil."""
-    return shutil.copytree(checkpoint, tmp_path / "checkpoint")
 
 
 @pytest.fixture
@@ -73,7 +66,7 @@ def test_stages_what_a_checkpoint_needs_and_nothing_else(folder):
     (folder / "notes.txt").write_text("mine")
     (folder / ".env").write_text("SECRET=1")
     (folder / "checkpoint-5").mkdir()
-    (folder / "accuracy.png").write_bytes(b"\x89PNG")
+    Image.new("L", (2, 2)).save(folder / "accuracy.png")
     target = folder.parent / "target"
     stage(folder, target)
     assert sorted(path.name for path in target.iterdir()) == [
@@ -118,83 +111,7 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path):
     assert sorted(tmp_path.iterdir()) == [*before, tmp_path / "out"]
 
 
-# What is refused
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import os",
-        "import torch, socket",
-        "from subprocess import run",
-        "import requests as torch",
-        "from ..secrets import key",
-        "from .helpers import key",
-        "from torch.hub import load",
-        "from torch import load",
-        "import torch.utils.cpp_extension",
-        "import torch as t\nt.load('x')",
-        "import torch\ntorch.os.system('true')",
-        "open('/etc/passwd')",
-        "eval('1')",
-        "__import__('os')",
-        "().__class__.__base__.__subclasses__()",
-        "getattr((), '__subclasses__')",
-        "from transformers.dynamic_module_utils import get_class_from_dynamic_module",
-        "from torch import *",
-        "from triton.runtime import cache",
-        "import triton\ntriton.tools.disasm",
-        "def half(",
-    ],
-)
-def test_refuses_code_that_reaches_beyond_the_model(line, tmp_path):
-    path = tmp_path / "modeling_fas.py"
-    path.write_text(f"import math\n{line}\n")
-    with pytest.raises(VerificationError, match=r"`modeling_fas\.py`"):
-        check_code(path)
-
-
-def test_accepts_the_code_of_this_project(checkpoint):
-    for name in verification.CODE_FILES:
-        check_code(checkpoint / name)
-
-
-def zipped_pickle(path):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("data.pkl", pickle.dumps([1]))
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-SPOILED = {
-    "pickle": lambda f: (f / "pytorch_model.bin").write_bytes(b"anything"),
-    "pickle-by-content": lambda f: (f / "model-notes.dat").write_bytes(pickle.dumps([1])),
-    "pickle-in-safetensors-name": lambda f: zipped_pickle(f / "model.safetensors"),
-    "half-written-weights": lambda f: os.truncate(f / "model.safetensors", 3000),
-    "no-weights": lambda f: (f / "model.safetensors").unlink(),
-    "no-code": lambda f: (f / "modeling_fas.py").unlink(),
-    "no-config": lambda f: (f / "config.json").unlink(),
-    "broken-config": lambda f: (f / "config.json").write_text('{"model_type": '),
-    "link": lambda f: (f / "vocab.txt").symlink_to("/etc/passwd"),
-    "foreign-code": lambda f: edit_json(f / "config.json", auto_map={"AutoModel": "a/b--modeling_fas.FASBertModel"}),
-    "foreign-module": lambda f: edit_json(f / "config.json", auto_map={"AutoModel": "helpers.Model"}),
-    "escaping-shard": lambda f: (f / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"x": "../../etc/model.safetensors"}})
-    ),
-    "token": lambda f: edit_json(f / "evaluation.json", command=f"run --hub_token {WRITE_TOKEN}"),
-}
-
-
-@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
-def test_refuses_a_spoiled_folder_before_anything_is_uploaded(spoil, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(publishing, "upload", lambda *args: pytest.fail("uploaded"))
-    monkeypatch.setattr(verification, "check_clean_load", lambda *args: None)
-    spoil(folder)
-    with pytest.raises(ValueError) as error:
-        publish(folder, REPO, api=HfApi(token=WRITE_TOKEN))
-    assert WRITE_TOKEN not in str(error.value)
+# What is refused: the files and the code have tests of their own
 
 
 def test_file_checks_pass_an_intact_folder(staged):
@@ -205,10 +122,11 @@ def test_weights_other_than_the_model_in_memory_are_refused(folder, monkeypatch)
     """The comparison itself; that the other process gives these logits is tested end to end."""
 
     model = FASBertForSequenceClassification.from_pretrained(folder)
-    found = probe_logits(model), token_ids(folder)
-    assert list(found[0]) == ["T=0 stepwise", "T=2 stepwise", "T=2 layerwise", "T=4 stepwise", "T=4 layerwise"]
-    monkeypatch.setattr(verification, "_load_elsewhere", lambda *args: found)
-    verification.check_clean_load(folder, model, folder)
+    found = Found(probe_logits(model), token_ids(folder), {}, fingerprint(model))
+    runs = ["T=0 stepwise", "T=2 stepwise", "T=2 layerwise", "T=4 stepwise", "T=4 layerwise"]
+    assert list(found.logits) == runs
+    monkeypatch.setattr(verification, "_load_apart", lambda *args: found)
+    assert verification.check_clean_load(folder, model, folder) == fingerprint(model)
     model.neurons()[0][1].fine_threshold.data *= 1.1
     with pytest.raises(VerificationError, match="at T=2 stepwise differ"):
         verification.check_clean_load(folder, model, folder)
@@ -216,31 +134,38 @@ def test_weights_other_than_the_model_in_memory_are_refused(folder, monkeypatch)
 
 @dataclass
 class CleanProcess:
-    """Stands for the process that loads the folder by remote code: keeps how it was started, and answers honestly.
+    """Stands for the processes that load the folder: keeps how they were started, and answers honestly.
 
     Attributes:
-        command: Of the process; `None` if it was not started.
-        environment: Its environment.
-        answer: What it found: logits by run, token ids. Empty: what is in the folder.
+        commands: Of the processes.
+        environment: Theirs.
+        answer: What remote code found: logits by run, token ids. Empty: what is in the folder.
     """
 
-    command: list[str] | None = None
+    commands: list[list[str]] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     answer: tuple[dict[str, torch.Tensor], list[int] | None] | None = None
+    lock: Any = field(default_factory=threading.Lock)
 
     def run(self, command, **options) -> subprocess.CompletedProcess:
-        self.command, self.environment = command, options["env"]
-        *_, folder, output = command
+        with self.lock:  # from_pretrained of transformers patches its own classes while it runs
+            return self._run(command, **options)
+
+    def _run(self, command, **options) -> subprocess.CompletedProcess:
+        self.commands.append(command)
+        self.environment = options["env"]
+        project, tokenizer, folder, output = command[-4:]
         model = FASBertForSequenceClassification.from_pretrained(folder)
-        logits, ids = self.answer or (probe_logits(model), token_ids(folder))
-        save_file(logits, output, metadata={"token_ids": json.dumps(ids)})
+        logits, ids = (not project and self.answer) or (probe_logits(model), token_ids(tokenizer))
+        found = {"token_ids": ids, "faults": weight_faults(model, folder), "fingerprint": fingerprint(model)}
+        save_file(logits, output, metadata={name: json.dumps(value) for name, value in found.items()})
         return subprocess.CompletedProcess(command, 0, "", "")
 
     def interpreter(self, code: str) -> Any:
-        """What a line of Python evaluates to where that process runs its script."""
-        assert self.command is not None
-        script = next(i for i, argument in enumerate(self.command) if argument.endswith(".py"))
-        command = [*self.command[:script], "-c", f"import json, sys; print(json.dumps({code}))"]
+        """What a line of Python evaluates to where such a process runs its script."""
+        command = next(each for each in self.commands if not each[-4])
+        script = next(i for i, argument in enumerate(command) if argument.endswith(".py"))
+        command = [*command[:script], "-c", f"import json, os, sys; print(json.dumps({code}))"]
         return json.loads(subprocess.check_output(command, env=self.environment, text=True))
 
 
@@ -280,40 +205,71 @@ def test_what_a_clean_process_finds_otherwise_is_not_published(change, message, 
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("name", [*verification.CODE_FILES, *verification.LATER_CODE_FILES])
+@pytest.mark.parametrize("name", [*CODE_FILES, *LATER_CODE_FILES])
 def test_code_that_reaches_beyond_the_model_is_neither_run_nor_published(name, folder, clean_process, tmp_path):
     with (folder / name).open("a") as file:
         file.write("import socket\n")
-    with pytest.raises(VerificationError, match=f"`{name}`, line .*got `import socket`"):
+    for allowed, message in ((False, f"`{name}` must be, byte for byte"), (True, f"`{name}`, .*got `import socket`")):
+        with pytest.raises(VerificationError, match=message):
+            publish(folder, REPO, dry_run=tmp_path / "new", allow_changed_code=allowed)
+    assert clean_process.commands == [] and not (tmp_path / "new").exists()
+
+
+def test_changed_code_is_published_only_where_asked_for_and_the_card_says_so(folder, clean_process, tmp_path, caplog):
+    with (folder / "sites_fas.py").open("a") as file:
+        file.write("MINE = 3\n")
+    with pytest.raises(VerificationError, match=r"`sites_fas\.py` must be, byte for byte.*--allow-changed-code"):
         publish(folder, REPO, dry_run=tmp_path / "new")
-    assert clean_process.command is None and not (tmp_path / "new").exists()
+    publish(folder, REPO, dry_run=tmp_path / "new", allow_changed_code=True)
+    assert "\n+MINE = 3\n" in caplog.text
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "The code files here are of no release" in card and "`sites_fas.py` (1 lines added, 0 removed)" in card
+    clean = publish(tiny_folder(tmp_path), REPO, dry_run=tmp_path / "clean")
+    assert "no release" not in Path(clean, "README.md").read_text()
+
+
+def tiny_folder(tmp_path):
+    tiny_checkpoint(tmp_path / "made", "classifier")
+    return tmp_path / "made"
 
 
 SECRETS = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GITHUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD"]
 SECRETS += ["WANDB_API_KEY", "hf_token"]
 
 
-def test_the_clean_process_knows_neither_secrets_nor_this_repository(folder, clean_process, monkeypatch, tmp_path):
-    for name in SECRETS:
+def test_the_processes_know_neither_secrets_nor_home_nor_this_repository(folder, clean_process, monkeypatch, tmp_path):
+    for name in [*SECRETS, "INNOCENT"]:
         monkeypatch.setenv(name, "not for others")
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setenv("KEPT", "for all")
     publish(folder, REPO, dry_run=tmp_path / "new")
+    own, clean = sorted(clean_process.commands, key=lambda command: not command[-4])
+    assert (own[-4], clean[-4]) == (str(verification.ROOT), "")
     environment = clean_process.environment
     assert "not for others" not in environment.values() and not environment.keys() & {*SECRETS, "PYTHONPATH"}
-    assert (environment["KEPT"], environment["PATH"]) == ("for all", os.environ["PATH"])
+    assert environment["PATH"] == os.environ["PATH"]
     assert environment["HF_HUB_OFFLINE"] == environment["HF_HUB_DISABLE_IMPLICIT_TOKEN"] == "1"
-    assert environment["HF_HOME"] != str(tmp_path)
+    assert environment["HF_HOME"].startswith(environment["HOME"]) and environment["HOME"] != os.environ["HOME"]
     monkeypatch.chdir(verification.__file__.rpartition("/")[0])
     assert clean_process.interpreter("sys.flags.isolated") == 1
+    assert clean_process.interpreter("os.path.expanduser('~')") == environment["HOME"]
     assert not {"", os.getcwd()} & set(clean_process.interpreter("sys.path"))
 
 
-@pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "/etc/x", "a\\b", "C:x", "x\0y", 3])
-def test_plain_names_cannot_leave_their_folder(name):
-    assert not is_plain_name(name)
-    assert is_plain_name("model-00001-of-00002.safetensors")
+def test_the_fingerprint_of_a_folder_is_that_of_its_model(folder, clean_process):
+    assert verification.weights_sha256(folder) == fingerprint(FASBertForSequenceClassification.from_pretrained(folder))
+    assert [Path(command[-4]) for command in clean_process.commands] == [verification.ROOT]
+
+
+def test_nothing_of_the_folder_is_loaded_in_this_process(folder, clean_process, monkeypatch, tmp_path):
+    """The stand-in loads for the other processes, so it is kept from it here."""
+    found = clean_process.run([*["", str(folder), str(folder), str(tmp_path / "found.safetensors")]], env={})
+    monkeypatch.setattr(
+        clean_process, "run", lambda command, **_: shutil.copy(tmp_path / "found.safetensors", command[-1]) and found
+    )
+    for loader in (PreTrainedModel, AutoTokenizer, AutoConfig, PretrainedConfig):
+        monkeypatch.setattr(loader, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    publish(folder, REPO, dry_run=tmp_path / "new")
 
 
 @pytest.mark.parametrize(
@@ -336,20 +292,104 @@ def test_without_a_token_it_says_how_to_get_one(folder, monkeypatch):
         publish(folder, REPO)
 
 
-def test_a_report_of_other_weights_is_refused_before_anything_is_uploaded(folder, monkeypatch):
-    """Of the weights in the folder, it travels along; the slow part, the other process, is left out."""
-    monkeypatch.setattr(verification, "check_clean_load", lambda *args, **kwargs: None)
-    monkeypatch.setattr(publishing, "upload", lambda sources, staged, *args: sorted(staged.rglob("results.json")))
-    weights = fingerprint(FASBertForSequenceClassification.from_pretrained(folder))
+def report(folder, weights=None):
+    """A report as `training.evaluate` writes it; by default of the weights in the folder."""
+    weights = weights or fingerprint(FASBertForSequenceClassification.from_pretrained(folder))
+    row = {"mode": "qcfs", "T": 0, "schedule": None, "split": "test", "quality": {"accuracy": 0.5}}
     configuration = {"weights_sha256": weights, "data": {}}
-    write_results(folder / "report" / "results.json", metrics={"rows": []}, configuration=configuration)
-    assert len(publish(folder, REPO, api=HfApi(token=WRITE_TOKEN))) == 1
-    monkeypatch.setattr(publishing, "upload", lambda *args: pytest.fail("uploaded"))
+    write_results(folder / "report" / "results.json", metrics={"rows": [row]}, configuration=configuration)
+
+
+def test_a_report_travels_along(folder, clean_process, tmp_path):
+    report(folder)
+    publish(folder, REPO, dry_run=tmp_path / "new")
+    assert "`report/results.json`" in (tmp_path / "new" / "README.md").read_text()
+    assert (tmp_path / "new" / "report" / "results.json").exists()
+
+
+def edit_rows(path, edit):
+    """Change the first row of a results file, and write it as the project would: with a new checksum, or by hand."""
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def resealed(edit):
+    def both(content):
+        edit(content)
+        content["sha256"] = checksum(content)
+
+    return both
+
+
+def quality(**values):
+    return lambda content: content["metrics"]["rows"][0]["quality"].update(values)
+
+
+FALSE_RESULTS = {
+    "edited-row": (quality(accuracy=0.99), "must stand as it was written.*edited since"),
+    "not-a-number": (
+        resealed(quality(accuracy=float("nan"))),
+        "`accuracy` nan, no finite number, at T = 0",
+    ),
+    "infinite": (resealed(quality(loss=float("inf"))), "`loss` inf, no finite number"),
+    "text": (resealed(quality(accuracy="good")), "`accuracy` 'good', no finite"),
+    "no-checksum": (lambda content: content.pop("sha256"), "must have the `sha256`"),
+    "no-weights": (lambda content: content["configuration"].pop("weights_sha256"), "weights it does not name"),
+    "other-weights": (
+        resealed(lambda content: content["configuration"].update(weights_sha256="0" * 64)),
+        "must be measured on the weights in",
+    ),
+    "bogus-mode": (resealed(lambda content: content["metrics"]["rows"][0].update(mode="magic")), "must hold rows as"),
+    "mode-of-a-list": (resealed(lambda content: content["metrics"]["rows"][0].update(mode=[1])), "got mode \\[1\\]"),
+    "no-list": (resealed(lambda content: content["metrics"].update(rows=3)), "must hold a list of rows, got 3"),
+    "flat-settings": (lambda content: content.update(configuration=[]), "`configuration` in evaluation.json must be"),
+    "missing-split": (resealed(lambda content: content["metrics"]["rows"][0].pop("split")), "must hold rows as"),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), FALSE_RESULTS.values(), ids=FALSE_RESULTS)
+def test_results_that_are_not_of_these_weights_as_measured_are_refused(edit, message, folder, clean_process, tmp_path):
+    edit_rows(folder / "evaluation.json", edit)
+    with pytest.raises(VerificationError, match=message):
+        publish(folder, REPO, dry_run=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_report_of_other_weights_is_refused(folder, clean_process, tmp_path):
+    report(folder)
     tiny_checkpoint(folder, "classifier", seed=1)
-    with pytest.raises(
-        VerificationError, match=f"must be measured on the weights in.*got a report of {weights}.*Measure"
-    ):
-        publish(folder, REPO, api=HfApi(token=WRITE_TOKEN))
+    with pytest.raises(VerificationError, match=r"`report/results.json` must be measured on the weights in"):
+        publish(folder, REPO, dry_run=tmp_path / "new")
+
+
+def drop(*ends):
+    def dropped(weights):
+        return {name: value for name, value in weights.items() if not name.endswith(ends)}
+
+    return dropped
+
+
+def half(weights):
+    return dict(list(weights.items())[::2])
+
+
+FAULTY_WEIGHTS = {
+    "half": (half, "missing"),
+    "no-fine-thresholds": (drop("fine_threshold"), "missing: .*fine_threshold"),
+    "one-missing": (drop("classifier.bias"), r"1 missing: classifier\.bias"),
+    "one-more": (lambda weights: weights | {"other": torch.ones(1)}, "1 unexpected: other"),
+    "not-finite": (lambda weights: weights | {"classifier.bias": torch.full((2,), torch.nan)}, "1 not finite: class"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), FAULTY_WEIGHTS.values(), ids=FAULTY_WEIGHTS)
+def test_weights_that_are_not_all_there_are_refused(spoil, message, folder, clean_process, tmp_path):
+    path = folder / "model.safetensors"
+    save_file(spoil(load_file(path)), path, metadata={"format": "pt"})
+    (folder / "evaluation.json").unlink()
+    with pytest.raises(VerificationError, match=f"`model.safetensors` must hold all weights.*{message}"):
+        publish(folder, REPO, dry_run=tmp_path / "new")
 
 
 # What is uploaded

@@ -173,6 +173,7 @@ else:
     trainer_class = Trainer if "{push}" == "trainer" else PublishingTrainer
     trainer = trainer_class(model, args, train_dataset=rows, processing_class=tiny_tokenizer("gpt2", folder))
     trainer.train()
+    tiny_results(folder, "gpt2", model=model)  # those from before are of other weights
     trainer.push_to_hub()
 save_file({{k: v.detach() for k, v in probe_logits(model).items()}}, "expected.safetensors")
 """)
@@ -195,13 +196,17 @@ save_file({{k: v.detach() for k, v in probe_logits(model).items()}}, "expected.s
 @pytest.mark.slow
 def test_a_spoiled_folder_uploads_nothing(hub, tmp_path):
     tiny_checkpoint(tmp_path / "made", "gpt2")
-    code = tmp_path / "made" / "modeling_fas.py"
-    code.write_text(code.read_text().replace("div_(T)", "div_(T + 1)"))
+    code = tmp_path / "made" / "neurons_fas.py"
+    text = code.read_text()
+    code.write_text(text.replace("div_(T)", "div_(T + 1)"))
+    assert code.read_text() != text
     done = cli(hub, tmp_path, tmp_path / "made", "tester/tiny")
-    assert done.returncode == 1 and "its logits at T=0 stepwise differ from the reference" in done.stdout
+    assert done.returncode == 1 and "`neurons_fas.py` must be, byte for byte" in done.stdout
+    done = cli(hub, tmp_path, tmp_path / "made", "tester/tiny", "--allow-changed-code")
+    assert done.returncode == 1 and re.search(r"its logits at T=\d \w+ differ from the reference", done.stdout)
     code.write_text("import training\n" + code.read_text())
-    done = cli(hub, tmp_path, tmp_path / "made", "tester/tiny")
-    assert done.returncode == 1 and "line 1" in done.stdout
+    done = cli(hub, tmp_path, tmp_path / "made", "tester/tiny", "--allow-changed-code", "--debug")
+    assert done.returncode == 1 and "line 1" in done.stdout and "Traceback" in done.stdout
     assert hub.requests == []
 
 

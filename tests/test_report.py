@@ -95,3 +95,79 @@ def test_no_results(content, tmp_path):
     with pytest.raises(ValueError, match="`path` must"):
         write_report(path)
     assert {each.name for each in tmp_path.iterdir()} <= {"results.json"}
+
+
+HOSTILE = "x|y`z` <img src=x onerror=alert(1)> [a](javascript:b) $\\foo$\n# head"
+
+
+def test_names_out_of_checkpoints_and_data_are_no_markup(metrics, tmp_path):
+    hostile = json.loads(json.dumps(metrics))
+    for row in hostile["rows"]:
+        row["quality"][HOSTILE] = 0.5
+        for site in row.get("sites", ()):
+            site["site"] = HOSTILE
+    configuration = {"checkpoint": f"models/{HOSTILE.replace('/', '')}", "data": {"dataset": HOSTILE}}
+    path = tmp_path / "results.json"
+    write_results(path, metrics=hostile, configuration=configuration, command=f"run {HOSTILE}", status="complete")
+    html = write_report(path).read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "<img src=x" not in html and "onerror" in html
+    span = f"``run {HOSTILE}``".replace("\n", " ")
+    assert span in text
+    for markup in ("<img", "[a](", "\n# head", "`z`", "$"):
+        assert markup not in text.replace(span, ""), markup
+    found = [line.count("|") for line in text.splitlines() if line.startswith("| QCFS ANN")]
+    assert found == [line.count("|") for line in text.splitlines() if line.startswith("| stepwise T = 1")]
+
+
+FIELDS = ["command", "date", "commit", "versions", "hardware", "configuration"]
+ROW_FIELDS = ["mode", "T", "schedule", "quality", "agreement", "logit_error", "sites"]
+
+
+@pytest.mark.parametrize("field", [*FIELDS, *(f"metrics.rows.-1.{name}" for name in ROW_FIELDS)])
+def test_a_report_with_a_missing_field_says_which(field, metrics, tmp_path, capsys):
+    path = write(tmp_path, metrics)
+    content = json.loads(path.read_text())
+    *owners, last = field.split(".")
+    owner = content
+    for each in owners:
+        owner = owner[int(each) if each.lstrip("-").isdigit() else each]
+    del owner[last]
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as end:
+        main([str(path)])
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "Traceback" not in said
+    assert f"results.json' with no '{last}'" in said or f"with one without {last}" in said
+    assert [each.name for each in tmp_path.iterdir()] == ["results.json"]
+
+
+SPOILED_ROWS = {
+    "no-quality-known": (lambda row: row.update(quality={"x": 1.0}), "a quality of none of perplexity"),
+    "text-for-a-number": (lambda row: row["quality"].update(accuracy="good"), "`accuracy` 'good', no finite number"),
+    "no-number": (lambda row: row["quality"].update(loss=float("nan")), "`loss` nan, no finite number"),
+    "unknown-schedule": (lambda row: row.update(schedule="magic", T=3, sites=[]), "with no 'magic'"),
+    "empty": (lambda row: row.clear(), "with one without mode"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILED_ROWS.values(), ids=SPOILED_ROWS)
+def test_a_spoiled_row_is_a_message_and_writes_nothing(spoil, message, metrics, tmp_path):
+    path = write(tmp_path, metrics)
+    content = json.loads(path.read_text())
+    spoil(content["metrics"]["rows"][0])
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        write_report(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "none.json"), "--debug"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_report_of_the_accumulated_schedule_is_drawn(metrics, tmp_path):
+    rows = [row | {"schedule": "accumulated"} if row["schedule"] == "stepwise" else row for row in metrics["rows"]]
+    write_report(write(tmp_path, {"rows": rows}))

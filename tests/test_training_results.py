@@ -50,3 +50,35 @@ def test_a_table_has_one_line_per_row_and_a_dash_for_what_is_missing():
     ]
     by_column = results.markdown_table([{"a": 0.12345, "b": 0.5}], digits={"a": 2})
     assert by_column.splitlines()[-1] == "| 0.12 | 0.5000 |"
+
+
+def test_broken_results_are_named(tmp_path):
+    for content in ("{", "[1]", '{"x":' * 99_999):
+        (tmp_path / "results.json").write_text(content)
+        with pytest.raises(ValueError, match=r"results\.json` must"):
+            results.read_results(tmp_path / "results.json")
+
+
+@pytest.mark.parametrize("text", ["a`b", "`", "``a`", "a\nb", "", "| x"])
+def test_a_code_span_holds_any_text(text):
+    span = results.code(text)
+    ticks = len(span) - len(span.lstrip("`"))
+    assert span.endswith("`" * ticks) and "\n" not in span
+    assert "`" * ticks not in span[ticks:-ticks]
+
+
+def test_names_are_escaped_and_plain_ones_stay():
+    assert results.escaped("matthews_correlation, T = 4 (bert-base)") == "matthews_correlation, T = 4 (bert-base)"
+    assert not set("`*[]<>$|") & set(results.escaped("`*[a](b)<i>$x$ | _c_\n# d"))
+    table = results.markdown_table([results.escaped_row({"a|b": "c|d\ne"})])
+    assert [line.count("|") for line in table.splitlines()] == [2, 2, 2]
+
+
+def test_a_checksum_is_of_what_was_measured_and_on_what(tmp_path):
+    record = results.write_results(
+        tmp_path / "r.json", metrics=[{"loss": float("nan"), "T": 1}], configuration={"a": 1}
+    )
+    read = results.read_results(tmp_path / "r.json")
+    assert record["sha256"] == read["sha256"] == results.checksum(read)
+    assert results.checksum(read | {"metrics": []}) != read["sha256"] != results.checksum(read | {"configuration": {}})
+    assert results.checksum(read | {"date": "tomorrow"}) == read["sha256"]

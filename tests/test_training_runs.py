@@ -13,7 +13,7 @@ from training import convert, run_clm, run_glue, run_mlm
 from training.calibrate.coarse import VARIANCE_WEIGHTS
 from training.calibrate.command import main as calibrate
 from training.checkpoints import checkpoints, is_complete
-from training.results import flat, read_results
+from training.results import checksum, fingerprint, flat, read_results
 from training.trainers import FASTrainer
 from training_helpers import (
     largest_difference,
@@ -85,6 +85,8 @@ def test_a_classifier_through_all_stages(inputs, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "calibrated")("good film").input_ids
     record = read_results(tmp_path / "calibrated" / "evaluation.json")
     assert record["metrics"]["rows"] == calibrated
+    weights = fingerprint(FASBertForSequenceClassification.from_pretrained(tmp_path / "calibrated"))
+    assert record["configuration"]["weights_sha256"] == weights and record["sha256"] == checksum(record)
     calibration = read_results(tmp_path / "calibrated" / "calibration.json")
     assert {site["variance_weight"] for site in calibration["stages"]["coarse"].values()} <= set(VARIANCE_WEIGHTS)
     assert list(calibration["stages"]) == ["uncalibrated", "coarse", "fine"]
@@ -249,7 +251,11 @@ def test_convert_runs_all_steps_skips_finished_ones_and_refuses_changed_ones(inp
     }
     recipe.write_text(json.dumps({"shared": common, "steps": steps}))
     argv = [str(recipe), "--model_name_or_path", str(inputs / "bert"), "--output_dir", str(tmp_path / "out")]
+    argv += ["--hub_token", "s3cret"]
     rows = convert.main(argv)
+    written = {path.name: path.read_text() for path in (tmp_path / "out").rglob("*.json")}
+    assert {"step.json", "evaluation.json", "conversion.json"} <= written.keys()
+    assert not [name for name, text in written.items() if "s3cret" in text]
     assert [row["step"] for row in rows] == ["gelu"] + ["qcfs"] * 3
     assert not checkpoints(tmp_path / "out" / "qcfs")
     start = read_results(tmp_path / "out" / "conversion.json")["configuration"]["qcfs"]["model_name_or_path"]

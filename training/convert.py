@@ -23,7 +23,7 @@ from configuration_fas import FASConfig
 from . import untrained
 from .arguments import read_yaml, to_flags
 from .checkpoints import checkpoints, remove_checkpoints
-from .results import flat, markdown_table, read_results, write_json, write_results
+from .results import flat, markdown_table, plain, read_results, write_json, write_results
 from .runner import RESULTS_FILE, show_messages
 from .untrained import SUMMARY_FILE
 
@@ -150,7 +150,7 @@ def run_step(
     changed = sorted(
         key
         for key in found["settings"].keys() | settings.keys()
-        if str(found["settings"].get(key)) != str(settings.get(key))
+        if str(plain(found["settings"]).get(key)) != str(plain(settings).get(key))  # of secrets neither has the value
     )
     if changed and (found["finished"] or checkpoints(folder)):
         raise ValueError(

@@ -5,8 +5,10 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -23,6 +25,13 @@ PACKAGES = (
 )  # fmt: skip
 # What a row of an evaluation was measured in, and how a reader is told.
 MODES = {"stock": "stock model", "qcfs": "QCFS ANN", "spiking": "spiking"}
+# Flags and settings whose value is a secret: hub_token, api_key, but not pad_token.
+SECRET_NAME = re.compile(
+    r"(?:^|[._-])(?:(?:hub|hf|auth|access|api|bearer|github|wandb)[_-]?(?:token|key)|password|passwd|secret(?:[_-]?key)?)$"
+    r"|(?:^|\.)token$",
+    re.IGNORECASE,
+)
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
 def write_results(
@@ -33,7 +42,7 @@ def write_results(
     command: str | Sequence[str] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Write one measurement as JSON, whole or not at all, and return what was written.
+    """Write one measurement as JSON, whole or not at all, and return what was written; secrets are left out.
 
     Args:
         path: The file; its folder is made. An existing file is replaced.
@@ -45,7 +54,7 @@ def write_results(
     if command is None:
         command = [os.path.basename(sys.executable), *_python_command()]
     record = {
-        "command": command if isinstance(command, str) else shlex.join(command),
+        "command": without_secrets(command if isinstance(command, str) else shlex.join(command)),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions(),
@@ -54,6 +63,7 @@ def write_results(
         "metrics": plain(metrics),
         **plain(more),
     }
+    record["sha256"] = checksum(record)
     write_json(path, record)
     return record
 
@@ -71,8 +81,90 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 
 def read_results(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a results file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a results file.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it is no JSON object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{path}` must be readable JSON, got {error}. Write it again, or remove it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path}` must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def fault_of(row: Mapping[str, Any]) -> str | None:
+    """What a row of an evaluation has that `docs/results-schema.md` does not allow, or None."""
+    missing = [name for name in ("mode", "T", "schedule", "split", "quality") if name not in row]
+    if missing or not isinstance(row["quality"], Mapping):
+        return f"one without {missing[0] if missing else 'a mapping'} (of an earlier version?)"
+    if row["mode"] not in [*MODES] or type(row["T"]) is not int:
+        return f"mode {row['mode']!r:.40} with T = {row['T']!r:.40}"
+    energy = row.get("energy", {"ratio": 1})
+    numbers = {**row["quality"], "energy.ratio": energy.get("ratio") if isinstance(energy, Mapping) else energy}
+    numbers |= {name: row[name] for name in ("agreement", "spike_rate") if row.get(name) is not None}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return f"`{name}` {value!r:.40}, no finite number, at T = {row['T']}"
+    return None
+
+
+def checksum(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what a results file says was measured, and on what: `metrics` and `configuration`."""
+    said = {name: plain(record[name]) for name in ("configuration", "metrics")}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def without_secrets(command: str) -> str:
+    """Return a command line with the values of the flags of [`SECRET_NAME`] replaced by their names."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return command  # prose, not a command line
+    shown, name = [], ""
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if name and not word.startswith("--"):
+            word = _masked(name)
+        elif flag.startswith("-") and value:
+            word = flag + equals + _hidden(flag.lstrip("-"), value)
+        shown.append(word)
+        name = flag.lstrip("-") if flag.startswith("-") and not equals and SECRET_NAME.search(flag.lstrip("-")) else ""
+    return command if shown == words else shlex.join(shown)
+
+
+def _hidden(name: str, value: Any) -> Any:
+    """The value of a setting, unless it is a secret; what was hidden before stays as it is."""
+    if isinstance(value, str) and value and SECRET_NAME.search(name):
+        return _masked(name)
+    return without_secrets(value) if name == "command" and isinstance(value, str) else value
+
+
+def _masked(name: str) -> str:
+    return f"<{name.rpartition('.')[2].upper()}>"
+
+
+def escaped(text: Any) -> str:
+    """A name out of a checkpoint, a data set or a results file as Markdown that is neither markup nor HTML."""
+    text = _CONTROLS.sub(" ", str(text))
+    marks = r"[\\`*\[\]<>&$|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
+    return re.sub(marks, lambda found: f"&#{ord(found[0])};", text)
+
+
+def escaped_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a table with its names and texts [`escaped`]."""
+    return {escaped(key): escaped(value) if isinstance(value, str) else value for key, value in row.items()}
+
+
+def code(text: Any) -> str:
+    """Any text as a code span of Markdown, which it cannot end."""
+    text = _CONTROLS.sub(" ", str(text))
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if not text or "`" in (text[0], text[-1]) else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,6 +185,8 @@ def markdown_table(
         rows: One mapping per line.
         columns: Their order; by default every key, in the order of first appearance.
         digits: Decimals of floats, for all columns or by column. A missing value is shown as an en dash.
+
+    Cells may hold Markdown: what comes from elsewhere goes through [`escaped`] or [`code`] first.
     """
     rows = list(rows)
     if columns is None:
@@ -104,18 +198,21 @@ def markdown_table(
             return "–"
         if isinstance(value, float):
             return f"{value:.{digits.get(column, 4) if isinstance(digits, Mapping) else digits}f}"
-        return str(value).replace("|", "\\|")
+        return " ".join(str(value).replace("|", "\\|").splitlines())
 
     numeric = [all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns]
-    lines = [list(columns), ["---:" if right else "---" for right in numeric]]
+    lines = [
+        [str(column).replace("|", "\\|") for column in columns],
+        ["---:" if right else "---" for right in numeric],
+    ]
     lines += [[cell(row, column) for column in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def plain(value: Any) -> Any:
-    """Turn dataclasses, tensors, numpy numbers, paths and sets into what JSON can hold."""
+    """Turn dataclasses, tensors, numpy numbers, paths and sets into what JSON can hold; secrets are left out."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): _hidden(str(key), plain(item)) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, set | frozenset):

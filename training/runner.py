@@ -31,7 +31,7 @@ from .checkpoints import checkpoint_to_resume, remove_checkpoints
 from .data import AnyDataset, blocks
 from .distillation import FASDistillationTrainer, check_settings
 from .evaluate.trainer import evaluate_trainer
-from .results import flat, markdown_table, read_results, write_results
+from .results import fingerprint, flat, markdown_table, read_results, write_results
 from .trainers import FASCalibrationTrainer, FASTrainer, schedule_to_train, spikes_by_itself
 
 
@@ -323,6 +323,7 @@ def train_and_evaluate(
                 "data": asdict(run.data),
                 "training": args.to_dict(),
                 "config": model.config.to_dict(),
+                "weights_sha256": fingerprint(model),
             },
             command=["python", *run.command],
             training=summary,

@@ -5,6 +5,7 @@
 
 import argparse
 import os
+import traceback
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +22,10 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 
+matplotlib.rcParams["text.parse_math"] = False  # a token may be `$\foo$`
+
 SHOWN_TOKENS, SHOWN_NEURONS = 12, 48
+MOST_CHARACTERS = 20_000
 INK, ACCENT = "#30343f", "#d1495b"
 
 
@@ -40,7 +44,12 @@ class Site:
 def load(checkpoint: str, revision: str | None):
     """Model and tokenizer of a checkpoint, by the Auto class that its configuration names for its own weights."""
     config = transformers.AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=True)
-    auto = next(name for name, reference in config.auto_map.items() if reference.endswith(config.architectures[0]))
+    references = getattr(config, "auto_map", None) or {}
+    auto = next(
+        (name for name, each in references.items() if each.endswith((config.architectures or ["none"])[0])), None
+    )
+    if auto is None:
+        raise ValueError(f"`checkpoint` must be a FAS checkpoint, got {checkpoint!r} of type {config.model_type!r}.")
     options = {"revision": revision, "trust_remote_code": True}
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, **options)
     return getattr(transformers, auto).from_pretrained(checkpoint, **options).eval(), tokenizer
@@ -131,12 +140,35 @@ def answer(model, tokenizer, inputs, new_tokens: int):
     return {names[i]: p for i, p in enumerate(logits.softmax(-1).tolist())}, None
 
 
-def run(model, tokenizer, text: str, T: int, schedule: str, new_tokens: int = 0):
-    """Outputs of the page: ANN, spiking network, raster, rates, one line of summary."""
+def positions(model) -> int:
+    """Tokens that the model has positions for, generated ones included."""
+    config = model.config
+    if getattr(config, "granularity", None) == "position" and config.calib_T:
+        return config.calib_length
+    return config.max_position_embeddings + (getattr(getattr(config, "table", None), "positions", None) or 0)
+
+
+def encoded(model, tokenizer, text: str, new_tokens: int):
+    """The text as inputs of the model, and a note where not all of it fits."""
     if not text.strip():
         raise gr.Error("Write a text first.")
-    limit = model.config.max_position_embeddings - int(new_tokens)
-    inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=limit)
+    if len(text) > MOST_CHARACTERS:
+        raise gr.Error(f"The text must have at most {MOST_CHARACTERS:,} characters, got {len(text):,}. Shorten it.")
+    limit = positions(model) - int(new_tokens)
+    if limit < 1:
+        raise gr.Error(
+            f"New tokens must be fewer than the {positions(model)} positions of the model, got {int(new_tokens)}."
+        )
+    found = len(tokenizer(text, verbose=False)["input_ids"])
+    if found == 0:
+        raise gr.Error("The text must have a token that the model knows, got none. Write another one.")
+    note = f" **Only the first {limit} of {found} tokens fit, and were read.**" if found > limit else ""
+    return tokenizer(text, return_tensors="pt", truncation=True, max_length=limit), note
+
+
+def run(model, tokenizer, text: str, T: int, schedule: str, new_tokens: int = 0):
+    """Outputs of the page: ANN, spiking network, raster, rates, one line of summary."""
+    inputs, note = encoded(model, tokenizer, text, new_tokens)
     model.set_timesteps(0)
     ann, _ = answer(model, tokenizer, inputs, new_tokens)
     model.set_timesteps(int(T), schedule)
@@ -148,7 +180,7 @@ def run(model, tokenizer, text: str, T: int, schedule: str, new_tokens: int = 0)
     same = "the same as" if spiking == ann or _first(spiking) == _first(ann) else "not the same as"
     spikes = sum(site.spikes.sum().item() for site in sites)
     rate = spikes / sum(site.spikes.numel() for site in sites)
-    summary = f"**{spikes:,.0f} spikes**, {rate:.2%} of what could have spiked. The answer is {same} the ANN's."
+    summary = f"**{spikes:,.0f} spikes**, {rate:.2%} of what could have spiked. The answer is {same} the ANN's.{note}"
     return ann, spiking, raster(sites, tokens, int(T)), rates(sites), summary
 
 
@@ -192,10 +224,16 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", default=os.environ.get("FAS_CHECKPOINT"), help="folder or Hub name")
     parser.add_argument("--revision", default=os.environ.get("FAS_REVISION"), help="commit to pin")
     parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if not args.checkpoint:
         parser.error("give a checkpoint, or set FAS_CHECKPOINT")
-    model, tokenizer = load(args.checkpoint, args.revision)
+    try:
+        model, tokenizer = load(args.checkpoint, args.revision)
+    except (OSError, ValueError) as error:
+        if args.debug:
+            traceback.print_exc()
+        parser.error(f"`checkpoint` must be one that loads, got {args.checkpoint!r}: {error}")
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     page(model, tokenizer, args.checkpoint.rstrip("/").rpartition("/")[2]).launch(server_port=args.port, theme=theme)
 

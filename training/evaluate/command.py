@@ -21,6 +21,7 @@ from configuration_fas import SCHEDULES, FASConfig
 
 from ..arguments import check_writable
 from ..results import fingerprint, plain, read_results, write_results
+from ..shards import check_shards
 from .energy import AC_PJ, MAC_PJ
 from .examples import load_examples
 from .measurement import check_timesteps, evaluate
@@ -107,6 +108,7 @@ def load_tokenizer(checkpoint: str) -> Any:
 
 
 def _load(model_class: Any, source: str, flag: str) -> Any:
+    check_shards(source)
     try:
         model, info = model_class.from_pretrained(source, dtype="float32", output_loading_info=True)
     except (OSError, ValueError) as error:

@@ -5,15 +5,17 @@ python -m training.evaluate.report report/results.json
 
 import argparse
 import base64
+import traceback
 from collections.abc import Mapping, Sequence
 from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..results import MODES, markdown_table, read_results
+from ..results import MODES, code, escaped, escaped_row, fault_of, markdown_table, read_results
 from .energy import NOT_COUNTED
 
 
@@ -25,7 +27,7 @@ PARTS = {
     "membrane": ("neurons",),
 }
 COLOURS = {"attention": "#4c78a8", "mlp in": "#72b7b2", "mlp out": "#f58518", "head": "#b0b0b0", "membrane": "#b279a2"}
-SCHEDULE_COLOURS = {"stepwise": "#d62728", "layerwise": "#1f77b4"}
+SCHEDULE_COLOURS = {"stepwise": "#d62728", "layerwise": "#1f77b4", "accumulated": "#2ca02c"}
 # The quality to plot: the first of these that was measured.
 HEADLINES = ("perplexity", "matthews_correlation", "spearmanr", "f1", "accuracy")
 
@@ -61,35 +63,44 @@ def write_report(path: str | Path) -> Path:
     """Write `report.md`, the plots and `report.html` beside a results file, whole or partial; returns the HTML's path.
 
     Raises:
-        ValueError: if it is no results file of `training.evaluate`, or holds no rows.
+        ValueError: if it is no results file of `training.evaluate`, holds no rows, or lacks what the report says; then
+            nothing is written.
     """
     path = Path(path)
     try:
         results = read_results(path)
         rows = results["metrics"]["rows"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"`path` must be a results file of training.evaluate, got {str(path)!r}: {error!r}"
-        ) from error
+        wrong = error if isinstance(error, OSError | ValueError) else repr(error)
+        raise ValueError(f"`path` must be a results file of training.evaluate, got {str(path)!r}: {wrong}") from error
     if not rows:
         raise ValueError(f"`path` must hold at least one finished row, got none in {str(path)!r}.")
-    folder = path.parent
-    plots = {name: folder / f"{name}.png" for name in ("quality", "spike_rate", "energy")}
-    for name, figure in zip(
-        plots, (quality_plot(results), spike_rate_plot(results), energy_plot(results)), strict=True
-    ):
-        figure.savefig(plots[name], dpi=120)
-    text = markdown(results)
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    html = folder / "report.html"
-    html.write_text(_html(results, plots), encoding="utf-8")
-    return html
+    makers = {"quality": quality_plot, "spike_rate": spike_rate_plot, "energy": energy_plot}
+    try:
+        if fault := next(filter(None, map(fault_of, rows)), None):
+            raise ValueError(fault)
+        plots = {name: _image(make(results)) for name, make in makers.items()}
+        text, page = markdown(results), _html(results, plots)
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        wrong = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"`path` must be a results file with all that docs/results-schema.md names, got {str(path)!r} with "
+            f"{wrong}. Measure the checkpoint again with training.evaluate."
+        ) from error
+    for name, image in plots.items():
+        path.with_name(f"{name}.png").write_bytes(image)
+    path.with_name("report.md").write_text(text, encoding="utf-8")
+    path.with_name("report.html").write_text(page, encoding="utf-8")
+    return path.with_name("report.html")
 
 
 def headline(results: Mapping[str, Any]) -> str:
     """Name of the quality that plots show."""
     quality = results["metrics"]["rows"][0]["quality"]
-    return next(name for name in HEADLINES if name in quality)
+    known = [name for name in HEADLINES if name in quality]
+    if not known:
+        raise ValueError(f"a quality of none of {', '.join(HEADLINES)}")
+    return known[0]
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -118,9 +129,9 @@ def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The report as Markdown."""
-    parts = [f"# {_title(results)}", *_provenance(results), f"`{results['command']}`"]
+    parts = [f"# {escaped(_title(results))}", *map(escaped, _provenance(results)), code(results["command"])]
     for title, rows in tables(results).items():
-        parts += [f"## {title}", markdown_table(rows)]
+        parts += [f"## {escaped(title)}", markdown_table(map(escaped_row, rows))]
     parts += ["## How to read it", "\n".join(f"- **{term}** {text}" for term, text in NOTES.items())]
     parts += ["## Not counted in the energy", "\n".join(f"- {item}" for item in NOT_COUNTED)]
     return "\n\n".join(parts) + "\n"
@@ -186,6 +197,12 @@ def energy_plot(results: Mapping[str, Any]) -> Figure:
     axes.set(ylabel="energy per token / ANN", title="energy by part")
     axes.legend(fontsize=8)
     return figure
+
+
+def _image(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
 
 
 def _figure() -> tuple[Figure, Any]:
@@ -256,13 +273,13 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _html(results: Mapping[str, Any], plots: Mapping[str, Path]) -> str:
+def _html(results: Mapping[str, Any], plots: Mapping[str, bytes]) -> str:
     """The report as one file that needs no other."""
     parts = [f"<h1>{escape(_title(results))}</h1>"]
     parts += [f"<p>{escape(line)}</p>" for line in _provenance(results)]
     parts.append(f"<p><code>{escape(results['command'])}</code></p>")
-    for name, path in plots.items():
-        parts.append(f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">')
+    for name, image in plots.items():
+        parts.append(f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(image).decode()}">')
     for title, rows in tables(results).items():
         frame = pd.DataFrame(rows, dtype=object)
         table = frame.mask(frame.isna(), "–").to_html(index=False, border=0, float_format="{:.4f}".format)
@@ -284,7 +301,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
         prog="python -m training.evaluate.report", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("results", help="results.json of training.evaluate")
-    return write_report(parser.parse_args(argv).results)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    try:
+        return write_report(args.results)
+    except (ValueError, OSError) as error:
+        if args.debug:
+            traceback.print_exc()
+        parser.exit(1, f"No report: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 """The model card of a checkpoint, written from its results files and its configuration, never by hand."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from configuration_fas import BACKBONES, Backbone
 
-from ..results import MODES, flat, markdown_table, read_results
+from ..results import MODES, code, escaped, escaped_row, flat, markdown_table, without_secrets
 from .clean_load import auto_class_name
-from .verification import REPORT, VerificationError
+from .files import VerificationError
+from .records import Record, Sources, lineage
 
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
@@ -65,100 +66,6 @@ class CardOptions:
     base_model: str | None = None
 
 
-@dataclass
-class Record:
-    """A results file of a checkpoint, as the training scripts or `training.evaluate` write it."""
-
-    file: str
-    content: dict[str, Any]
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """Its rows, as `docs/results-schema.md` says."""
-        metrics = self.content["metrics"]
-        rows = [row for row in (metrics.get("rows", ()) if isinstance(metrics, Mapping) else metrics) if "T" in row]
-        if any(not {"mode", "quality"} <= row.keys() for row in rows):
-            raise VerificationError(
-                f"`{self.file}` must hold rows as docs/results-schema.md says, got those of an earlier version. "
-                "Evaluate the checkpoint again (`--do_eval` of its script, or training.evaluate), or remove the file."
-            )
-        return rows
-
-    def setting(self, part: str, name: str) -> Any:
-        """One setting of the run, or None."""
-        settings = self.content["configuration"].get(part)
-        return settings.get(name) if isinstance(settings, Mapping) else None
-
-
-@dataclass
-class Sources:
-    """All that the figures of a card come from.
-
-    Args:
-        config: `config.json`.
-        records: Results files of the checkpoint; a report comes first.
-        earlier: Training records of the checkpoints it started from, newest first.
-        calibration: `calibration.json`, if there is one.
-    """
-
-    config: dict[str, Any]
-    records: list[Record]
-    earlier: list[Record] = field(default_factory=list)
-    calibration: dict[str, Any] | None = None
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Sources":
-        """What `write_json` made of one."""
-        records = {name: [Record(**record) for record in content[name]] for name in ("records", "earlier")}
-        return cls(config=content["config"], calibration=content["calibration"], **records)
-
-    @property
-    def history(self) -> list[Record]:
-        """The training records, newest first."""
-        own = training_record(self.records)
-        return [own, *self.earlier] if own else []
-
-
-def read_records(folder: Path) -> list[Record]:
-    """The results files of a folder: JSON objects with `metrics` and `configuration`; a report comes first."""
-    records = []
-    for path in [folder / REPORT, *sorted(folder.glob("*.json"))]:
-        if path.is_file():
-            content = read_results(path)
-            if isinstance(content, dict) and {"metrics", "configuration"} <= content.keys():
-                records.append(Record(path.relative_to(folder).as_posix(), content))
-    return records
-
-
-def training_record(records: list[Record]) -> Record | None:
-    """The one that a training script wrote, if any."""
-    return next((record for record in records if record.setting("training", "seed") is not None), None)
-
-
-def lineage(folder: Path) -> Iterator[tuple[Path, Record]]:
-    """The training record of a folder and of those it started from, newest first, as far as they are on this disk."""
-    seen = set()
-    while folder.is_dir() and folder.resolve() not in seen:
-        seen.add(folder.resolve())
-        record = training_record(read_records(folder))
-        if record is None:
-            return
-        yield folder, record
-        base = Path(record.setting("model", "model_name_or_path") or "")
-        folder = base if base.is_dir() else folder.parent / base.name
-
-
-def read_sources(folder: Path) -> Sources:
-    """Read all that the card of a checkpoint folder is made from."""
-    calibration = folder / "calibration.json"
-    return Sources(
-        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-        records=read_records(folder),
-        earlier=[record for _, record in lineage(folder)][1:],
-        calibration=read_results(calibration) if calibration.is_file() else None,
-    )
-
-
 def build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: str | None = None) -> ModelCard:
     """The card of a checkpoint.
 
@@ -167,7 +74,20 @@ def build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: str
         repo_id: Where it is to be published.
         options: What no results file knows.
         pinned: Commit that the snippet names, once there is one.
+
+    Raises:
+        VerificationError: if a file does not hold what the card is made from.
     """
+    try:
+        return _build_card(sources, repo_id, options, pinned)
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise VerificationError(
+            f"`config.json` and the results files must hold what a card is made from, got {error!r}. Save the model "
+            "and evaluate it again."
+        ) from error
+
+
+def _build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: str | None) -> ModelCard:
     config, history = sources.config, sources.history
     measured = next((record for record in sources.records if record.rows), None)
     rows = measured.rows if measured else []
@@ -199,6 +119,7 @@ def build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: str
         calibration=_calibration(config, sources.calibration),
         record=_record_tables(history),
         settings=_settings(config),
+        code=sources.code,
         limit=f"Inputs of at most {limit} tokens{', generated ones included' if table.causal else ''}.",
     )
 
@@ -239,7 +160,7 @@ def card_data(
 def inherited_options(folder: Path, options: CardOptions) -> CardOptions:
     """The options, with what is missing taken from the card in the folder, then from that of its base model."""
     history = list(lineage(folder))
-    base = Path(history[-1][1].setting("model", "model_name_or_path") or "") if history else Path()
+    base = Path(str(history[-1][1].setting("model", "model_name_or_path") or "")) if history else Path()
     own, others = _card_of(folder), [_card_of(base)] if base != Path() else []
 
     def first(name: str) -> Any:
@@ -255,13 +176,19 @@ def inherited_options(folder: Path, options: CardOptions) -> CardOptions:
 
 def _card_of(folder: Path) -> dict[str, Any]:
     path = folder / "README.md"
-    return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
+    except (ValueError, OSError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise VerificationError(
+            f"`README.md` in {str(folder)!r} must be a model card, got {' '.join(str(error).split())}. Mend its "
+            "head, or remove it: a new one is written."
+        ) from error
 
 
 def dataset_of(record: Record) -> tuple[str | None, str | None, str]:
     """Data set of a training record: name on the Hub (or of the local folder), configuration, title."""
-    task, name = record.setting("data", "task_name"), record.setting("data", "dataset_name")
-    config = record.setting("data", "dataset_config_name")
+    names = ("task_name", "dataset_name", "dataset_config_name")
+    task, name, config = (None if (found := record.setting("data", each)) is None else str(found) for each in names)
     if task:
         return "nyu-mll/glue", task, f"GLUE {task}"
     name = name or record.setting("data", "train_file") or record.setting("data", "validation_file")
@@ -269,14 +196,14 @@ def dataset_of(record: Record) -> tuple[str | None, str | None, str]:
         return None, None, "unnamed data"
     if _hub_name(name):
         return name, config, f"{name} {config}" if config else name
-    path = Path(name)
+    path = Path(str(name))
     name = path.parent.name if path.suffix else path.name
     return name, config, f"{name} {config} (local files)" if config else f"{name} (local files)"
 
 
-def _hub_name(name: str | None) -> str | None:
+def _hub_name(name: Any) -> str | None:
     """`name` if it is one on the Hub rather than a path on this machine."""
-    plain = name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
+    plain = isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
     return name if plain and not os.path.exists(str(name)) else None
 
 
@@ -309,11 +236,11 @@ def _eval_results(
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    return flat(row) | {"mode": MODES[row["mode"]]}
+    return escaped_row(flat(row) | {"mode": MODES[row["mode"]]})
 
 
 def _quality_table(rows: list[dict[str, Any]]) -> str:
-    metrics = list(dict.fromkeys(metric for row in rows for metric in _metrics(row)))
+    metrics = list(dict.fromkeys(escaped(metric) for row in rows for metric in _metrics(row)))
     split = ["split"] if len({row["split"] for row in rows}) > 1 else []
     digits = {metric: 2 if metric == "perplexity" else 4 for metric in metrics}
     return markdown_table(map(_cells, rows), ["mode", "T", "schedule", *split, *metrics], digits) if metrics else ""
@@ -334,20 +261,27 @@ def _energy_constants(record: Record | None) -> str:
     configuration = record.content["configuration"] if record else {}
     if "mac_pj" not in configuration:
         return "The constants stand in the results file."
-    return f"A multiply-accumulate counts {configuration['mac_pj']} pJ, an accumulate {configuration['ac_pj']} pJ."
+    prices = [escaped(configuration.get(name)) for name in ("mac_pj", "ac_pj")]
+    return f"A multiply-accumulate counts {prices[0]} pJ, an accumulate {prices[1]} pJ."
 
 
 def _calibration(config: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
     if config.get("calib_T") is None:
         return ""
     text = f"Calibrated for T = {config['calib_T']} at granularity `{config['granularity']}`."
+    own = {"T": config["calib_T"], "granularity": config["granularity"]}
+    if record and (other := {name: record.get(name) for name in own}) != own:
+        raise VerificationError(
+            f"`calibration.json` must be of the calibration in config.json, {own}, got {other}. Calibrate again, or "
+            "remove the file."
+        )
     stages = record.get("stages") if record else None
     if not stages:
         return text
     last = list(stages.values())[-1]
     rows = [
-        {"site": f"`{site}`"}
-        | {f"error, {stage}": sites[site]["error"] for stage, sites in stages.items()}
+        {"site": code(site)}
+        | {f"error, {escaped(stage)}": sites[site]["error"] for stage, sites in stages.items()}
         | {"scale": last[site]["scale"], "initial potential": last[site]["initial_potential"]}
         for site in last
     ]
@@ -368,17 +302,17 @@ def _record_tables(history: list[Record]) -> str:
         row |= {title: record.setting("training", name) for name, title in RECORDED.items()}
         if row["stage"] == "calibrate":
             row[RECORDED["learning_rate"]] = None  # of the weights, which are frozen
-        stages.append({key: None if value == -1 else _short(value) for key, value in row.items()})
+        stages.append(escaped_row({key: None if value == -1 else _short(value) for key, value in row.items()}))
     last = history[0].content
-    versions = ", ".join(f"{name} {version}" for name, version in (last.get("versions") or {}).items())
-    hardware = ", ".join(f"{key}: {value}" for key, value in (last.get("hardware") or {}).items())
+    versions = ", ".join(escaped(f"{name} {version}") for name, version in (last.get("versions") or {}).items())
+    hardware = ", ".join(escaped(f"{key}: {value}") for key, value in (last.get("hardware") or {}).items())
     lines = [
         markdown_table(_without_empty_columns(stages)),
         "",
-        f"- Commit of the code: {last.get('commit') or 'not recorded'}; date: {last.get('date')}",
+        f"- Commit of the code: {escaped(last.get('commit') or 'not recorded')}; date: {escaped(last.get('date'))}",
         f"- Versions: {versions}",
         f"- Hardware: {hardware}",
-        f"- Command: `{_without_paths(last.get('command') or 'not recorded')}`",
+        f"- Command: {code(_without_paths(str(last.get('command') or 'not recorded')))}",
     ]
     return "\n".join(lines)
 
@@ -393,11 +327,11 @@ def _without_empty_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _without_paths(command: str) -> str:
-    return re.sub(r"(?<![\w.])(?:~|\.{0,2})/(?:[^\s/'\"]+/)*", "", command).replace("`", "'")
+    return re.sub(r"(?<![\w.])(?:~|\.{0,2})/(?:[^\s/'\"]+/)*", "", without_secrets(command))
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    settings = (f"`{key}` = {config[key]}" for key in SETTINGS if config.get(key) is not None)
+    settings = (f"`{key}` = {escaped(config[key])}" for key in SETTINGS if config.get(key) is not None)
     return f"Configuration: {', '.join(settings)}."
 
 

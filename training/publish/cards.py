@@ -6,29 +6,45 @@ files it was made from, whole. `python -m training.publish.cards CARD.json` make
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..results import read_results, write_json
-from .card import CardOptions, Sources, build_card, inherited_options, read_sources
-from .verification import VerificationError, check_report
+from .card import CardOptions, build_card, inherited_options
+from .files import VerificationError, check_weights
+from .records import Sources, read_sources
+from .verification import weights_sha256
 
 
 def write_card(folder: Path, repo_id: str, options: CardOptions, path: Path) -> None:
     """Write the card of a checkpoint folder, and beside it, as JSON, the files it was made from.
 
     Raises:
-        VerificationError: if the folder holds a report of other weights.
+        VerificationError: if the folder is no checkpoint, or holds results of other weights.
     """
-    check_report(folder)
+    check_weights(folder)
     sources, options = read_sources(folder), inherited_options(folder, options)
+    if any(record.rows for record in sources.records):
+        weights = weights_sha256(folder)
+        for record in sources.records:
+            record.check(weights, folder)
     write_json(path.with_suffix(".json"), {"repo_id": repo_id, "options": options, "sources": sources})
     build_card(sources, repo_id, options).save(path)
 
 
 def rewrite_card(path: Path) -> None:
-    """Write a card again from the JSON file beside it."""
+    """Write a card again from the JSON file beside it.
+
+    Raises:
+        VerificationError: for another file, or one whose results were edited.
+    """
     content = read_results(path)
+    if not {"sources", "repo_id", "options"} <= content.keys():
+        raise VerificationError(
+            f"`folder` must be a checkpoint, or the JSON file beside a card, got {str(path)!r} with "
+            f"{', '.join(content) or 'nothing'}."
+        )
     card = build_card(Sources.from_json(content["sources"]), content["repo_id"], CardOptions(**content["options"]))
     card.save(path.with_suffix(".md"))
 
@@ -46,16 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--license", help="of the weights; by default that of an existing card or base model")
     parser.add_argument("--language", nargs="+", help="ISO codes; by default those of an existing card")
     parser.add_argument("--base-model", help="name of the base model on the Hub, where the record has a local path")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    if args.folder.is_file() and args.repo_id is None:
-        rewrite_card(args.folder)
-        return 0
-    if args.card is None or args.card.suffix != ".md":
+    again = args.folder.is_file() and args.repo_id is None
+    if not again and (args.card is None or args.card.suffix != ".md"):
         parser.error(f"`card` must be a file NAME.md to write, got {args.card}.")
     try:
-        options = CardOptions(license=args.license, language=args.language, base_model=args.base_model)
-        write_card(args.folder, args.repo_id, options, args.card)
-    except VerificationError as error:
+        if again:
+            rewrite_card(args.folder)
+        else:
+            options = CardOptions(license=args.license, language=args.language, base_model=args.base_model)
+            write_card(args.folder, args.repo_id, options, args.card)
+    except (ValueError, OSError, TypeError) as error:
+        if args.debug:
+            traceback.print_exc()
         parser.error(str(error))
     return 0
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from .card import CardOptions
 from .upload import PublishError, publish
-from .verification import VerificationError
 
 
 logger = logging.getLogger(__name__)
@@ -29,6 +28,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--language", nargs="+", help="languages as ISO codes; by default those of an existing card")
     parser.add_argument("--base-model", help="name of the base model on the Hub, where the record has a local path")
     parser.add_argument("--message", default="Publish a FAS checkpoint", help="commit message")
+    parser.add_argument(
+        "--allow-changed-code",
+        action="store_true",
+        help="publish code files that are no release's; the difference is shown and stands in the card",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
@@ -48,12 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             dry_run=dry_run,
             card=card,
             commit_message=args.message,
+            allow_changed_code=args.allow_changed_code,
         )
-    except (VerificationError, PublishError) as error:
-        logger.error(f"Not published: {error}")
+    except (ValueError, PublishError) as error:
+        logger.error(f"Not published: {error}", exc_info=args.debug)
         return 1
-    except OSError as error:
-        logger.error(f"Not published: {error}. Nothing was uploaded, and no half-written folder is left.")
+    except (OSError, RuntimeError, MemoryError, LookupError, TypeError, AttributeError) as error:
+        text = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error} (--debug shows where)"
+        logger.error(
+            f"Not published: {text}. Nothing was uploaded, and no half-written folder is left.", exc_info=args.debug
+        )
         return 1
     except KeyboardInterrupt as error:
         logger.error(f"Interrupted. {str(error) or 'Nothing was uploaded.'}")

@@ -17,9 +17,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from . import verification
-from .card import CardOptions, Sources, build_card, inherited_options, read_sources
-from .verification import VerificationError
+from . import files, verification
+from .card import CardOptions, build_card, inherited_options
+from .code import describe
+from .files import VerificationError
+from .records import Sources, read_sources
 
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ PUBLISHED = re.compile(
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|\w+\.model|chat_template\.jinja"
-    r"|evaluation\.json|calibration\.json|[\w-]+\.png"
+    r"|(evaluation|conversion|calibration)\.json|[\w-]+\.png"
     r"|report/(results\.json|report\.(md|html)|[\w-]+\.png)"
 )
 # A pickle of these names is state of the Trainer, not weights: left out rather than refused.
@@ -70,6 +72,7 @@ def publish(
     model=None,
     commit_message: str = "Publish a FAS checkpoint",
     api: HfApi | None = None,
+    allow_changed_code: bool = False,
 ) -> str:
     """Stage, verify and upload a checkpoint folder; nothing leaves this machine before all checks have passed.
 
@@ -86,6 +89,7 @@ def publish(
         model: The model in memory that the folder was saved from; verified against it if given.
         commit_message: Of the commit.
         api: Client to use; that of the environment by default.
+        allow_changed_code: Publish code files that are no release's: the difference is logged and stands in the card.
 
     Returns:
         The address of the commit, or the path of the dry run.
@@ -99,16 +103,18 @@ def publish(
     api = api or HfApi()
     if dry_run is None and not (api.token or get_token()):
         raise PublishError(f"There is no access token. {_REMEDIES[401]} Nothing was uploaded.")
-    card = inherited_options(folder, card or CardOptions())
-    if card.license is None:
-        logger.warning("The card names no license: give --license with the license of the weights.")
     with _scratch(dry_run) as scratch:
         staged = scratch / folder.resolve().name
         stage(folder, staged)
-        verification.check_report(folder)
-        sources = read_sources(folder)
+        sources, card = read_sources(folder), inherited_options(folder, card or CardOptions())
+        if card.license is None:
+            logger.warning("The card names no license: give --license with the license of the weights.")
+        verified = verification.verify(staged, model, folder, allow_changed_code)
+        for record in sources.records:
+            record.check(verified.fingerprint, folder)
+        sources.code = describe(verified.difference)
         build_card(sources, repo_id, card).save(staged / "README.md")
-        verification.verify(staged, model, tokenizer_folder=folder)
+        files.check_file(staged / "README.md", "README.md")
         if dry_run is not None:
             if Path(dry_run).is_dir():
                 Path(dry_run).rmdir()
@@ -153,11 +159,11 @@ def stage(folder: Path, target: Path) -> None:
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target / name)
         elif not TRAINER_STATE.fullmatch(path.name):
-            verification.refuse_pickle(path)
-    verification.check_files(target)
+            files.refuse_pickle(path)
+    files.check_files(target)
     settings_file = target / "tokenizer_config.json"
     if settings_file.exists():
-        settings = portable_tokenizer_settings(verification.read_json(settings_file))
+        settings = portable_tokenizer_settings(files.read_json(settings_file))
         settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -193,10 +199,10 @@ def upload(
         done = lost = f"No file of {repo_id} was changed."
         if revision != "main":
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        files = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
-        additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        paths = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
+        additions = [CommitOperationAdd(name, str(path)) for name, path in paths.items()]
         old = api.list_repo_files(repo_id, revision=revision)
-        deletions = [CommitOperationDelete(name) for name in old if REPLACED.fullmatch(name) and name not in files]
+        deletions = [CommitOperationDelete(name) for name in old if REPLACED.fullmatch(name) and name not in paths]
         lost = f"{repo_id} holds all of the checkpoint or nothing of it: look at {api.endpoint}/{repo_id}."
         commit = api.create_commit(repo_id, [*additions, *deletions], commit_message=commit_message, revision=revision)
         done = lost = f"The checkpoint is complete at {commit.commit_url}; only its card does not name this commit."
