@@ -21,6 +21,8 @@ from typing import Any
 PACKAGES = (
     "fas-snn", "torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "scipy", "triton",
 )  # fmt: skip
+# Of a row, what has no place in a cell of a table as it is.
+NOT_CELLS = ("quality", "energy", "sites", "L", "dead_sites", "saturated_sites")
 # What a row of an evaluation was measured in, and how a reader is told.
 MODES = {"stock": "stock model", "qcfs": "QCFS ANN", "spiking": "spiking"}
 
@@ -77,7 +79,7 @@ def read_results(path: str | os.PathLike) -> dict[str, Any]:
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of an evaluation as cells of a table: its quality spelt out, the ratio of its energy, nothing by site."""
-    cells = {name: value for name, value in row.items() if name not in ("quality", "energy", "sites", "L")}
+    cells = {name: value for name, value in row.items() if name not in NOT_CELLS}
     ratio = {"energy_ratio": row["energy"]["ratio"]} if "energy" in row else {}
     last = ("agreement", "logit_error", "spike_rate", "seconds")
     first = {name: value for name, value in cells.items() if name not in last}

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..layout import auto_class, predicts_next
 from ..metrics import METRICS
 from .energy import AC_PJ, MAC_PJ, energy_report
-from .monitors import SiteErrors, SpikeMonitor
+from .monitors import SiteErrors, SpikeMonitor, warn_of_silent_sites
 from .rows import PERPLEXITY, Mode, modes, quality_of, schedules_of
 
 
@@ -234,6 +234,8 @@ def _measure(
         row["sites"] = [
             {"site": name, **site.summary(), "error": relative.get(name)} for name, site in monitor.sites.items()
         ]
+        row |= monitor.silent_sites()
+        warn_of_silent_sites(row, str(mode))
     return row | {"seconds": time.perf_counter() - start}
 
 
@@ -271,6 +273,16 @@ def _check(model: Any, examples: Any, metric: str, timesteps: Any, schedules: An
         missing = [name for name in ("input_ids", "labels") if example.get(name) is None]
         if missing:
             raise ValueError(f"`examples` must all have `input_ids` and `labels`, got number {i} without {missing}.")
+        _check_range("input_ids", example["input_ids"], model.config.vocab_size, i)
+        if causal or model.config.num_labels > 1:
+            labels = [label for label in example["labels"] if label != -100] if causal else [example["labels"]]
+            _check_range("labels", labels, model.config.vocab_size if causal else model.config.num_labels, i)
+
+
+def _check_range(name: str, values: Sequence[int], most: int, number: int) -> None:
+    wrong = [value for value in values if not 0 <= value < most]
+    if wrong:
+        raise ValueError(f"`{name}` must be from 0 to {most - 1}, got {wrong[0]} in example {number}.")
 
 
 def check_timesteps(timesteps: Sequence[int]) -> None:
