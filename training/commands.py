@@ -44,8 +44,8 @@ def run_command(
         memory: What to do when memory runs out.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    followed = [*given[1:], "--"]
-    flags = [each for each, next_one in zip(given, followed, strict=True) if not _is_switch(each, next_one)]
+    following = [*given[1:], "--"]
+    flags = [flag for flag, after in zip(given, following, strict=False) if not _is_switch(flag, after)]
     try:
         main(flags)
     except EXPECTED as error:
@@ -62,9 +62,9 @@ def run_command(
     return 0
 
 
-def _is_switch(flag: str, following: str) -> bool:
+def _is_switch(flag: str, after: str) -> bool:
     """Whether a token is `--debug` alone; with a value it is transformers' own."""
-    return flag == "--debug" and following.startswith("--")
+    return flag == "--debug" and after.startswith("--")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -29,6 +29,11 @@ def load_raw(data: DataArguments) -> dict[str, AnyDataset]:
     """
     source: str = data.dataset_name or GLUE_REPOSITORY
     name = data.dataset_config_name or (data.task_name if source == GLUE_REPOSITORY else None)
+    files_of_text = [Path(file) for file in (data.train_file, data.validation_file) if file]
+    for path in files_of_text if not data.streaming else ():
+        fault = fault_of(path, parse=False)  # JSON would load, and fail at some row
+        if fault:
+            raise ValueError(f"The data must be UTF-8, got {fault}")
     try:
         if data.train_file or data.validation_file:
             source = data.train_file or data.validation_file or ""
@@ -59,9 +64,14 @@ def load_raw(data: DataArguments) -> dict[str, AnyDataset]:
     return dict(raw)
 
 
-def fault_of(path: Path) -> str | None:
-    """What is wrong with a file of text, and in which line; None where nothing is found."""
-    lines_of_json = FILE_TYPES[path.suffix] == "json"
+def fault_of(path: Path, parse: bool = True) -> str | None:
+    """What is wrong with a file of text, and in which line; None where nothing is found.
+
+    Args:
+        path: Of the file.
+        parse: Look for what is no JSON, too, in a file of lines of it.
+    """
+    lines_of_json = parse and FILE_TYPES[path.suffix] == "json"
     if FILE_TYPES[path.suffix] == "parquet":
         return None
     with path.open("rb") as file:

@@ -365,7 +365,7 @@ def train_and_evaluate(
         if run.stage == "calibrate":
             _record_calibration(trainer, {"fine": describe_sites(model, _probe(trainer))})
         if run.spiking and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            summary |= warn_after_training(trainer, islice(trainer.train_dataset, COARSE_ROWS))
+            summary |= warn_after_training(trainer, _first_rows(trainer))
     if run.stage == "calibrate":
         model.set_timesteps(run.model.calib_T, schedule_to_train(model.config))
     if args.do_train:
@@ -395,8 +395,11 @@ def train_and_evaluate(
 
 def _probe(trainer: Any) -> dict[str, Any]:
     """The first rows of the training data as one batch, the same in every process."""
-    rows = [dict(row) for row in islice(trainer.train_dataset, COARSE_ROWS)]
-    return trainer._prepare_inputs(trainer.data_collator(rows))
+    return trainer._prepare_inputs(trainer.data_collator(_first_rows(trainer)))
+
+
+def _first_rows(trainer: Any) -> list[dict[str, Any]]:
+    return [dict(row) for row in islice(trainer.train_dataset, COARSE_ROWS)]
 
 
 def _record_calibration(trainer: Any, stages: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from configuration_fas import MOST_TIMESTEPS
+
 from ..layout import auto_class, predicts_next
 from ..metrics import METRICS
 from .energy import AC_PJ, MAC_PJ, energy_report
@@ -261,7 +263,7 @@ def _check(model: Any, examples: Any, metric: str, timesteps: Any, schedules: An
     if metric not in ([PERPLEXITY] if causal else METRICS):
         known = PERPLEXITY if causal else ", ".join(METRICS)
         raise ValueError(f"`metric` must be one of {known} for {type(model).__name__}, got {metric!r}.")
-    check_timesteps(timesteps)
+    check_timesteps(timesteps, MOST_TIMESTEPS[model.config.code])
     allowed = model.config.schedules
     if schedules is not None and (not schedules or any(schedule not in allowed for schedule in schedules)):
         raise ValueError(f"`schedules` must be some of {', '.join(allowed)}, got {list(schedules)}.")
@@ -285,13 +287,15 @@ def _check_range(name: str, values: Sequence[int], most: int, number: int) -> No
         raise ValueError(f"`{name}` must be from 0 to {most - 1}, got {wrong[0]} in example {number}.")
 
 
-def check_timesteps(timesteps: Sequence[int]) -> None:
-    """Raise unless all are at least 1, and different."""
+def check_timesteps(timesteps: Sequence[int], most: int | None = None) -> None:
+    """Raise unless all are at least 1, at most what a code has, and different."""
     if not timesteps or any(not isinstance(T, int) or T < 1 for T in timesteps) or len({*timesteps}) < len(timesteps):
         raise ValueError(
             f"`timesteps` must be different integers of at least 1, got {list(timesteps)}. "
             "The QCFS ANN (T = 0) is always measured."
         )
+    if most is not None and max(timesteps) > most:
+        raise ValueError(f"`timesteps` must be at most {most}, got {max(timesteps)}. Fewer do: 4 to 8, as a rule.")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -62,7 +62,7 @@ def evaluate_trainer(
     return rows
 
 
-def warn_after_training(trainer: Trainer, rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+def warn_after_training(trainer: Trainer, rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """Warn of sites that rows of data leave dead or saturated, as the model runs now; returns their names.
 
     Args:
@@ -70,11 +70,10 @@ def warn_after_training(trainer: Trainer, rows: Iterable[Mapping[str, Any]]) -> 
         rows: For its collator; they run in batches of the size that it trains with.
     """
     model: Any = trainer.model
-    training, left = model.training, list(rows)
-    size = trainer.args.per_device_train_batch_size
+    training, size = model.training, trainer.args.per_device_train_batch_size
     with SpikeMonitor(model.eval()) as monitor, torch.no_grad():
-        for start in range(0, len(left), size):
-            batch = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in left[start : start + size]]))
+        for start in range(0, len(rows), size):
+            batch = trainer._prepare_inputs(trainer.data_collator(list(rows[start : start + size])))
             model(**{name: value for name, value in batch.items() if name != "labels"})
     model.train(training)
     found = monitor.silent_sites()
