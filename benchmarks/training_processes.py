@@ -154,7 +154,7 @@ def kinds(folder: Path) -> list[Kind]:
     save = ["--save_steps", "2", "--save_total_limit", "3", "--resume_from_checkpoint", "true"]
     shared = {"train_file": str(folder / "train.json"), "validation_file": str(folder / "train.json")}
     shared |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "max_eval_samples": 16, "T": [2]}
-    shared |= {"save_steps": 2, "max_steps": 20, "learning_rate": 1e-3}
+    shared |= {"save_steps": 2, "save_total_limit": 3, "max_steps": 20, "learning_rate": 1e-3}
     steps = {"qcfs": {"script": "run_glue"}, "calibrated": {"script": "run_glue", "stage": "calibrate", "calib_T": 2}}
     (folder / "recipe.yaml").write_text(json.dumps({"shared": shared, "steps": steps}), encoding="utf-8")
     recipe = ["training.convert", str(folder / "recipe.yaml"), "--model_name_or_path", str(folder / "bert")]

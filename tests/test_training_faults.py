@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoTokenizer
 
 from modeling_fas import FASBertForSequenceClassification
@@ -22,6 +23,7 @@ from training.distillation import FASDistillationTrainer
 from training.evaluate.command import main as evaluate
 from training.evaluate.monitors import SpikeMonitor
 from training.results import read_results
+from training.resume import describe
 from training.trainers import FASCalibrationTrainer, FASTrainer
 from training_helpers import largest_difference, save_bert, save_gpt2, tensors, write_corpus, write_reviews
 
@@ -161,6 +163,18 @@ def test_a_checkpoint_without_all_its_parts_is_refused_by_name(name, inputs, int
         resumed("train", "", inputs, out)
     resumed("train", "--allow_changed_resume", inputs, out)
     assert f"as another run than it began as: {name} is missing" in caplog.text
+
+
+def test_data_is_told_by_its_rows_not_by_how_it_is_stored():
+    ids = [[i, i + 1][: 1 + i % 2] for i in range(30)]
+    whole = Dataset.from_dict({"input_ids": ids, "labels": list(range(30))})
+    parts = concatenate_datasets([whole.select(range(7)), whole.select(range(7, 30))])
+    shuffled = whole.select(range(29, -1, -1))
+    assert describe(whole) == describe(parts) == describe(shuffled.select(range(29, -1, -1)))
+    others = [shuffled, whole.select(range(29)), Dataset.from_dict({"input_ids": ids, "labels": [*range(29), 0]})]
+    assert len({describe(each) for each in [whole, *others]}) == 4
+    stream = whole.to_iterable_dataset()
+    assert describe(stream) == describe(stream) != describe(shuffled.to_iterable_dataset())
 
 
 DAMAGED = {

@@ -55,13 +55,8 @@ def rotate(output_dir: str | Path, limit: int | None, kept: Collection[Path]) ->
 
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint, its mark of completeness first."""
-    unmark(checkpoint)
-    shutil.rmtree(checkpoint)
-
-
-def unmark(checkpoint: Path) -> None:
-    """Make a checkpoint count as incomplete, before it is written again or deleted."""
     (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
 
 
 def remove_scratch(folder: Path) -> None:

@@ -152,7 +152,8 @@ def run_step(
     """Run a step unless it is finished; returns whether it ran.
 
     Raises:
-        ValueError: if its folder holds a step with other settings, or from a model that was made anew since.
+        ValueError: if its folder holds a finished step with other settings, or one from a model that was made anew
+            since. (What an interrupted one may change, its checkpoints know.)
     """
     folder = Path(settings["output_dir"])
     mark = folder / STEP_FILE
@@ -162,13 +163,12 @@ def run_step(
         for key in (found["settings"].keys() | settings.keys()) - {"allow_changed_resume"}
         if str(found["settings"].get(key)) != str(settings.get(key))
     )
-    changes_allowed = str(settings.get("allow_changed_resume")).lower() == "true"
-    if changed and (found["finished"] or (checkpoints(folder) and not changes_allowed)):
+    if changed and found["finished"]:
         raise ValueError(
             f"`--output_dir` must not hold step {name!r} with other settings, got {str(folder)!r}, where "
             f"{', '.join(changed)} differ. Remove that folder, or choose another --output_dir."
         )
-    if found["finished"] and start_changed:
+    if start_changed and (found["finished"] or checkpoints(folder)):
         raise ValueError(
             f"`--output_dir` must not hold step {name!r} from an earlier model, got {str(folder)!r}, while the step "
             "before it was run anew. Remove that folder."

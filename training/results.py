@@ -68,6 +68,8 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     try:
         temporary.write_text(json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"`{path}` must be a file that can be written, on a disk with room, got: {error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 

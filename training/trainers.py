@@ -15,7 +15,7 @@ from modeling_fas import FASMixin
 
 from .arguments import check_number
 from .calibrate.loss import calibration_loss, freeze_for_calibration
-from .checkpoints import is_complete, last_complete, remove, rotate, unmark, whole_or_nothing
+from .checkpoints import is_complete, last_complete, remove, rotate, whole_or_nothing
 from .publish.upload import PublishMixin
 from .results import write_json
 from .resume import RUN_FILE
@@ -203,8 +203,8 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model, trial, *args, **kwargs):
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            unmark(folder)
+        if self.args.should_save and folder.is_dir():
+            remove(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save and self.run_settings is not None:
             write_json(folder / RUN_FILE, self.run_settings)

@@ -48,6 +48,7 @@ the published method:
   --steps NAME …        only these steps of the recipe
   --flag value          for every step: all flags of `python -m training.run_clm --help` (or run_mlm, run_glue)
   --STEP.flag value     for one step
+  --debug               show the traceback of an error
   docs/training.md says more.
 """
 

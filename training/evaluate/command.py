@@ -36,7 +36,11 @@ MEASURED = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="--debug shows the traceback of an error.",
+    )
     add = parser.add_argument
     add("checkpoint", help="FAS causal language model, classifier or regressor: a folder, or a name on the Hub")
     add("--stock", help="the model before conversion, to compare with")
