@@ -530,6 +530,11 @@ class FASConfig(PretrainedConfig):
                 )
         if self.folded and self.gain == "token":
             raise ValueError("`gain` must be 'static' to be folded: no weight knows the token, got 'token'.")
+        if self.folded and self.L is None and self.T == 0:
+            raise ValueError(
+                "`T` must be at least 1 once thresholds are folded, where `L` is None, got 0: the stock network does "
+                "not fit these weights. Load the checkpoint it was made from for that."
+            )
 
     @classmethod
     def _with_rope(cls, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,15 +7,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import energy_gpt2_small, energy_tables
-from configuration_fas import FASBertConfig, FASGPT2Config
+from configuration_fas import FASBertConfig, FASGPT2Config, FASLlamaConfig
 from modeling_fas import (
     FASBertForMaskedLM,
     FASBertForSequenceClassification,
     FASBertModel,
     FASGPT2LMHeadModel,
     FASGPT2Model,
+    FASLlamaForCausalLM,
 )
-from training.evaluate.energy import AC_PJ, MAC_PJ, count_operations, energy_report, total
+from training.evaluate.energy import AC_PJ, MAC_PJ, count_operations, energy_report, floating_point, total
 
 
 # Two layers, width 8, MLP 32, 20 tokens.
@@ -234,3 +235,36 @@ def test_bad_input(settings, message):
 def test_a_model_that_does_not_spike():
     with pytest.raises(ValueError, match="`model` must be a FAS model, got Linear"):
         count_operations(torch.nn.Linear(2, 2), 5)
+
+
+def test_floating_point_by_hand():
+    own = {"norms": 5 * 8 * 7, "softmax": 2 * 2 * 5 * 6, "activations": 0, "rotary": 0, "residuals": 2 * 2 * 8}
+    assert floating_point(gpt2(), 5) == own | {"encoding": 2 * 32 * 4}  # QCFS
+    layerwise = floating_point(gpt2(), 5, execution="layerwise", T=3)
+    assert layerwise == own | {"encoding": 2 * 32 * 3}
+    stepwise = floating_point(gpt2(), 5, execution="stepwise", T=3)
+    assert stepwise == {name: 3 * count for name, count in own.items()} | {"encoding": 2 * 32 * 3}
+    accumulated = floating_point(gpt2(), 5, execution="accumulated", T=3)
+    assert accumulated["norms"] == 3 * 5 * 8 * (7 + 4)
+    assert accumulated["softmax"] == 3 * 2 * 2 * (5 * 6 + 4 * 4)  # two heads of 4 values
+
+
+def test_floating_point_of_a_gated_model_by_hand():
+    settings = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = FASLlamaConfig(**settings, num_key_value_heads=2, vocab_size=20, sites="all", L=None, gain="token")
+    config.activation, config.schedule, config.code = "stock", "layerwise", "phase"
+    model = FASLlamaForCausalLM(config)
+    inputs = 2 * (8 + 8 + 4 + 8 + 8 + 16) + 8  # qkv, queries, values, attention output, MLP; the head
+    own = {"norms": 5 * 8 * 4, "softmax": 2 * 4 * 3 * 6, "activations": 2 * 16 * 5, "rotary": 2 * (8 + 4) * 3}
+    found = floating_point(model, 5, execution="layerwise", T=3, causal=True)
+    assert found == own | {"residuals": 2 * 2 * 8, "encoding": inputs * (3 + 3)}
+    assert floating_point(model, 5)["encoding"] == 0  # the stock network
+
+
+def test_floating_point_stands_beside_the_ratio():
+    report = energy_report(gpt2(), 5, execution="layerwise", T=3, spike_rates=0.25)
+    floating = sum(report["floating_point"].values())
+    assert report["floating_point_energy_pj"] == pytest.approx(4.6 * floating)
+    ann = sum(floating_point(gpt2(), 5).values())
+    expected = (report["energy_pj"] + 4.6 * floating) / (report["ann_energy_pj"] + 4.6 * ann)
+    assert report["ratio_with_floating_point"] == pytest.approx(expected)

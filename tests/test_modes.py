@@ -305,3 +305,45 @@ def test_the_trains_of_a_site_are_the_spikes_it_counts(settings):
         assert set(trains.unique().tolist()) <= {-1, 0, 1} and trains.any()
         total = trains.abs().flatten(0, 1) if len(counts) == len(trains.flatten(0, 1)) else trains.abs().sum(0)
         assert torch.equal(total, counts)
+
+
+@pytest.mark.parametrize("backbone", ["gpt2", "bert", "opt", "llama", "qwen3"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"code": "phase", "T": 4, "schedule": "layerwise"},
+        {"code": "first_spike", "T": 6, "schedule": "layerwise"},
+        {"T": 5, "schedule": "layerwise"},
+        {"T": 5, "schedule": "stepwise"},
+        {"T": 5, "schedule": "accumulated"},
+    ],
+    ids=lambda settings: f"{settings.get('code', 'rate')}-{settings['schedule']}",
+)
+def test_folding_every_product_changes_nothing_but_what_travels(backbone, settings, tmp_path):
+    case = (backbone, "AutoModelForSequenceClassification" if backbone == "bert" else "AutoModelForCausalLM")
+    made = {"sites": "all", "activation": "stock", "L": None, "tie_word_embeddings": True}
+    model = backbones.model(*case, **made, **settings).double()
+    model.begin_calibration(settings["T"])
+    with torch.no_grad():
+        for _, neuron in model.neurons():
+            neuron.fine_threshold.uniform_(0.5, 1.5)
+    inputs = backbones.batch(*case)
+    before, embeddings = model(**inputs).logits, model.get_input_embeddings().weight.clone()
+    with SpikeMonitor(model) as unfolded:
+        model(**inputs)
+    fold_thresholds(model)
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    with SpikeMonitor(model) as monitor:
+        torch.testing.assert_close(model(**inputs).logits, before, atol=1e-9, rtol=1e-9)
+    assert monitor.spike_rates() == pytest.approx(unfolded.spike_rates())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype="float64").eval()
+    torch.testing.assert_close(again(**inputs).logits, before, atol=1e-9, rtol=1e-9)
+    with pytest.raises(ValueError, match="`T` must be at least 1 once thresholds are folded"):
+        again.set_timesteps(0)
+
+
+def test_folding_a_stock_network_asks_for_timesteps():
+    model = backbones.model("gpt2", "AutoModelForCausalLM", sites="all", activation="stock", L=None)
+    with pytest.raises(ValueError, match="`T` must be at least 1 to fold a model without levels"):
+        fold_thresholds(model)

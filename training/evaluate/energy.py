@@ -26,10 +26,15 @@ EXECUTIONS = ("ann", "stepwise", "layerwise", "accumulated", "replicated")
 NOT_COUNTED = (
     "memory traffic (weights, activations, membrane potentials, key-value cache)",
     "static power, control and spike routing",
-    "embedding look-ups, biases, residual additions, LayerNorm, softmax, GELU, tanh, and the clip and floor of QCFS",
-    "comparing a membrane potential with its threshold, and averaging over time",
+    "embedding look-ups and biases",
     "multiplying spikes by their threshold, which folds into the weights that follow",
 )
+
+# Scalar operations a value (an addition, a product, a comparison, a root, an exponential: one each) of what no spike
+# reaches; of a score, scaling included, for the softmax; of an input, for an encoding.
+NORM = {True: 7, False: 4}  # with a bias (LayerNorm: mean, difference, square, mean, root's product, scale, shift)
+ACTIVATION = {"relu": 1, "tanh": 1, "silu": 4, "gelu": 5, "gelu_new": 9}
+SOFTMAX, ROTARY, GATE, RESIDUAL, RUNNING_MEAN, TOKEN_GAIN = 6, 3, 1, 1, 4, 3
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,54 @@ def count_operations(
     return counted
 
 
+def floating_point(
+    model: nn.Module, length: float, *, execution: str = "ann", T: int = 0, past: float = 0, causal: bool = False
+) -> dict[str, float]:
+    """Scalar floating-point operations per token of what no spike reaches: an estimate, so many a value of each kind.
+
+    Args:
+        model, length, execution, T, past, causal: As for [`count_operations`].
+
+    Returns:
+        Operations of `norms`, `softmax`, `activations` (gates included), `rotary`, `residuals` and `encoding`: the
+        comparison of each step with its threshold, the gain of a token, or the steps of QCFS. All but the encoding
+        run T times where time passes through the network, and accumulated take a running mean and a difference each.
+        What runs once a sequence, in a pooler, is left out.
+    """
+    core: Any = core_of(model)
+    config, table = core.config, core.config.table
+    times = T if execution in ("stepwise", "accumulated", "replicated") else 1
+    more = RUNNING_MEAN if execution == "accumulated" else 0
+    layers, heads, width = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
+    per_head = getattr(config, "head_dim", None) or width // heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    many = {"q_norm": heads, "k_norm": shared}  # of one norm for all heads
+    norms = sum(
+        each.weight.numel() * many.get(name.rpartition(".")[2], 1) * (NORM[hasattr(each, "bias")] + more)
+        for name, each in core.named_modules()
+        if "Norm" in type(each).__name__
+    )
+    placed = sites(core)
+    weights = [(each.product.name, each.weights) for each in products(core)]
+    hidden = sum(found[0].weight.numel() // width for name, found in weights if name == "mlp out")
+    gated = any(name == "mlp in" and len(found) > 1 for name, found in weights)
+    function = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None) or "gelu"
+    price = ACTIVATION.get(str(function), max(ACTIVATION.values())) + gated * GATE + more
+    replaced = any(each.site.at == "activation" and each.layer is not None for each in placed)
+    keys = past + ((length + 1) / 2 if causal else length)
+    found = {
+        "norms": norms * times,
+        "softmax": layers * heads * (keys * SOFTMAX + per_head * more) * times,
+        "activations": 0 if replaced else hidden * price * times,
+        "rotary": layers * (heads + shared) * per_head * ROTARY * times if table.positions is None else 0,
+        "residuals": 2 * layers * width * RESIDUAL * times,
+    }
+    per_input = 4 if execution == "ann" else T + (TOKEN_GAIN if config.gain == "token" else 0)  # QCFS at T = 0
+    encodes = execution != "ann" or config.L is not None
+    encoded = sum(each.neuron.width / (1 if each.site.per_position else length) for each in placed)
+    return {name: float(value) for name, value in (found | {"encoding": encoded * per_input * encodes}).items()}
+
+
 def total(operations: Iterable[Operations], mac_pj: float = MAC_PJ, ac_pj: float = AC_PJ) -> dict[str, float]:
     """Sum of operations, and their energy."""
     operations = list(operations)
@@ -167,7 +220,9 @@ def energy_report(
     Returns:
         The sums, `ratio` to the ANN (above 1: the spiking network costs more), `reads_ratio` in the same way (a
         code of more than one spike an input reads more weights than the ANN), with densities
-        `ratio_to_zero_skipping_ann`, and `operations`, one mapping for each product.
+        `ratio_to_zero_skipping_ann`, and `operations`, one mapping for each product. Beside them what stays floating
+        point, `floating_point`, and `ratio_with_floating_point`: the ratio with every such operation, of both
+        networks, billed as a MAC.
     """
     check_prices(mac_pj, ac_pj)
     length_settings: dict[str, Any] = {"past": past, "causal": causal}
@@ -183,6 +238,13 @@ def energy_report(
     report: dict[str, Any] = {"execution": execution, "T": T, "length": length, **length_settings, **sums}
     report |= {"mac_pj": mac_pj, "ac_pj": ac_pj, "ann_energy_pj": ann, "ratio": sums["energy_pj"] / ann}
     report |= {"reads_ratio": sums["synaptic_reads"] / plain["synaptic_reads"]}
+    common: dict[str, Any] = {"T": T, **length_settings}
+    floating, of_ann = (floating_point(model, length, execution=each, **common) for each in (execution, "ann"))
+    with_floating = [sums["energy_pj"], ann]
+    for index, each in enumerate((floating, of_ann)):
+        with_floating[index] += mac_pj * sum(each.values())
+    report |= {"floating_point": floating, "floating_point_energy_pj": mac_pj * sum(floating.values())}
+    report |= {"ratio_with_floating_point": with_floating[0] / with_floating[1]}
     if densities is not None:
         skipping = energy("ann", densities=densities)[1]["energy_pj"]
         report |= {"zero_skipping_ann_energy_pj": skipping}

@@ -212,7 +212,8 @@ class SpikeMonitor(_SiteHooks):
         if steps is None:  # T = 0 of the stock network: nothing is encoded
             return
         simple = neuron.code == "rate" and neuron.gain is None
-        scale = steps / neuron.thresholds(output.shape[-2])[0].float().clamp(min=MIN_THRESHOLD)
+        threshold = neuron.thresholds(output.shape[-2])[0].float().clamp(min=MIN_THRESHOLD)
+        scale = steps / (torch.ones_like(threshold) if neuron.folded else threshold)
         # Sums of float32 values round to exact counts; half precision, thresholds by position and codes that are no
         # rates need each value's.
         summable = simple and output.dtype in (torch.float32, torch.float64) and scale.dim() < 2

@@ -214,6 +214,8 @@ def _energy_cells(row: Mapping[str, Any]) -> dict[str, Any]:
         **millions,
         "energy, µJ": energy["energy_pj"] / 1e6,
         "ratio to ANN": energy["ratio"],
+        "floating point, M": sum(energy.get("floating_point", {}).values()) / 1e6 or None,
+        "ratio with floating point": energy.get("ratio_with_floating_point"),
         "ratio to zero-skipping ANN": energy["ratio_to_zero_skipping_ann"],
         "ratio as published": energy.get("ratio_replicated"),
     }
