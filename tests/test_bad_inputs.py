@@ -105,12 +105,15 @@ BAD = {
     "empty jsonl, evaluate": (data(EVALUATE, "empty.jsonl"), "`--validation_file` must hold rows, got the empty file"),
     "latin-1 jsonl": (
         data(GLUE, "latin.jsonl"),
-        "line 2 of 'latin.jsonl' is not UTF-8, from byte 18 on. Save it as UTF-8",
+        "The file must be UTF-8, got another encoding in line 2, byte 18, of 'latin.jsonl'. Save it as UTF-8",
     ),
-    "latin-1 csv": (data(GLUE, "latin.csv"), "line 3 of 'latin.csv' is not UTF-8, from byte 4 on"),
-    "latin-1 txt": (data(CLM, "latin.txt"), "line 2 of 'latin.txt' is not UTF-8, from byte 4 on"),
-    "latin-1, convert": (data(CONVERT, "latin.txt"), "line 2 of 'latin.txt' is not UTF-8"),
-    "broken json": (data(GLUE, "broken.jsonl"), "line 2 of 'broken.jsonl' is no JSON"),
+    "latin-1 csv": (data(GLUE, "latin.csv"), "in line 3, byte 4, of 'latin.csv'"),
+    "latin-1 txt": (data(CLM, "latin.txt"), "in line 2, byte 4, of 'latin.txt'"),
+    "latin-1, convert": (data(CONVERT, "latin.txt"), "in line 2, byte 4, of 'latin.txt'"),
+    "broken json": (
+        data(GLUE, "broken.jsonl"),
+        "got '@/broken.jsonl': no JSON in line 2, column 20, of 'broken.jsonl': Expecting ',' delimiter.",
+    ),
     "list labels": (
         data(GLUE, "lists.jsonl"),
         "`--label_column` must hold one label a row, got [0, 1] in row 0.*column 'label' (line 1 of '@/lists.jsonl')",
@@ -157,26 +160,29 @@ BAD = {
     # models
     "folder without config.json": (
         GLUE.replace("@/bert", "@/no_config"),
-        "`--model_name_or_path` must be a checkpoint, with a config.json .*, got '@/no_config' without one",
+        "`--model_name_or_path` must be a .*, got '@/no_config': it has no config.json that names its `model_type`",
     ),
     "empty folder": (GLUE.replace("@/bert", "@/empty"), "`--model_name_or_path` must be a .*checkpoint"),
     "folder without config.json, evaluate": (
         EVALUATE.replace("@/qcfs", "@/no_config"),
-        "with a config.json that names its `model_type`, got '@/no_config' without one",
+        "got '@/no_config': it has no config.json that names its `model_type`",
     ),
     "folder without config.json, calibrate": (
         CALIBRATE.replace("@/qcfs", "@/no_config"),
-        "with a config.json that names its `model_type`, got '@/no_config' without one",
+        "got '@/no_config': it has no config.json that names its `model_type`",
     ),
     "folder without config.json, convert": (
         CONVERT.replace("@/gpt2", "@/no_config"),
-        "`MODEL` must be a checkpoint, with a config.json that names its `model_type`, got '@/no_config' without one",
+        "`MODEL` must be a checkpoint that can spike, got '@/no_config': it has no config.json that",
     ),
     "folder without config.json, recipe": (
         "convert --model_name_or_path @/no_config --task_name sst2",
-        "with a config.json that names its `model_type`, got '@/no_config' without one",
+        "got '@/no_config': it has no config.json that names its `model_type`",
     ),
-    "no model_type": (GLUE.replace("@/bert", "@/untyped"), "names its `model_type`, got '@/untyped' without one"),
+    "no model_type": (
+        GLUE.replace("@/bert", "@/untyped"),
+        "got '@/untyped': it has no config.json that names its `model_type`",
+    ),
     "broken config.json": (GLUE.replace("@/bert", "@/junk"), "`--model_name_or_path` must be a .* checkpoint"),
     "truncated weights": (
         GLUE.replace("@/bert", "@/truncated"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from training.distillation import FASDistillationTrainer
 from training.evaluate.command import main as evaluate
 from training.evaluate.monitors import SpikeMonitor
 from training.results import read_results
-from training.resume import describe
+from training.resume import describe, missing_parts
 from training.trainers import FASCalibrationTrainer, FASTrainer
 from training_helpers import largest_difference, save_bert, save_gpt2, tensors, write_corpus, write_reviews
 
@@ -175,6 +176,12 @@ def test_data_is_told_by_its_rows_not_by_how_it_is_stored():
     assert len({describe(each) for each in [whole, *others]}) == 4
     stream = whole.to_iterable_dataset()
     assert describe(stream) == describe(stream) != describe(shuffled.to_iterable_dataset())
+
+
+def test_every_process_of_a_launch_needs_its_own_random_states(inputs):
+    checkpoint = inputs / "train-out" / "checkpoint-2"
+    for size, index, missing in ((1, 0, []), (2, 1, ["rng_state_1.pth is missing"])):
+        assert missing_parts(checkpoint, SimpleNamespace(world_size=size, process_index=index)) == missing
 
 
 DAMAGED = {

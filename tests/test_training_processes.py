@@ -49,6 +49,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(backbone, inputs, tm
         assert row["T"] == 0 or other["spike_rate"] == pytest.approx(
             row["spike_rate"], rel=0.05
         )  # repeated rows count
+    assert not (two / ".lock").exists(), "one run, of two processes"
     found = processes.difference(one, two)
     assert found["thresholds"] < 1e-5
     assert found["weights"] < 1e-4

@@ -323,12 +323,12 @@ def check_writable(folder: str) -> None:
         ) from error
 
 
-def require_model_type(config: dict[str, Any], source: str, flag: str) -> None:
-    """Raise for a folder without a configuration, or one that does not say of what model."""
+def require_model_type(config: dict[str, Any]) -> None:
+    """Raise for what is read of a folder without a configuration, or one that does not say of what model."""
     if config.get("model_type") is None:
         raise ValueError(
-            f"`{flag}` must be a checkpoint, with a config.json that names its `model_type`, got {source!r} without "
-            "one. Give the folder that save_pretrained wrote, or a name on the Hub."
+            "it has no config.json that names its `model_type`. Give the folder that save_pretrained wrote, or a name "
+            "on the Hub."
         )
 
 

@@ -75,7 +75,7 @@ def read_recipe(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         if model is None:
             raise ValueError("`--model_name_or_path` is required where no recipe is given.")
         try:
-            require_model_type(FASConfig.get_config_dict(model)[0], str(model), "--model_name_or_path")
+            require_model_type(FASConfig.get_config_dict(model)[0])
             causal = FASConfig.from_pretrained(model).table.causal
         except (OSError, ValueError) as error:
             raise ValueError(

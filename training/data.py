@@ -33,7 +33,7 @@ def load_raw(data: DataArguments) -> dict[str, AnyDataset]:
     for path in files_of_text if not data.streaming else ():
         fault = fault_of(path, parse=False)  # JSON would load, and fail at some row
         if fault:
-            raise ValueError(f"The data must be UTF-8, got {fault}")
+            raise ValueError(f"The file must be UTF-8, got {fault}")
     try:
         if data.train_file or data.validation_file:
             source = data.train_file or data.validation_file or ""
@@ -80,13 +80,13 @@ def fault_of(path: Path, parse: bool = True) -> str | None:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
                 return (
-                    f"line {number} of {path.name!r} is not UTF-8, from byte {error.start + 1} on. Save it as UTF-8."
+                    f"another encoding in line {number}, byte {error.start + 1}, of {path.name!r}. Save it as UTF-8."
                 )
             lines_of_json &= not (number == 1 and text.lstrip().startswith("["))
             try:
                 json.loads(text if lines_of_json and text.strip() else "{}")
-            except ValueError as error:
-                return f"line {number} of {path.name!r} is no JSON: {error}."
+            except json.JSONDecodeError as error:
+                return f"no JSON in line {number}, column {error.colno}, of {path.name!r}: {error.msg}."
     return None
 
 

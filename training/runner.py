@@ -164,7 +164,7 @@ def read_config(model: ModelArguments, script: str, do_train: bool = False) -> A
     options: dict[str, Any] = {"revision": model.model_revision}
     try:
         raw_type, _ = FASConfig.get_config_dict(source, **options)
-        require_model_type(raw_type, source, f"--{flag}")
+        require_model_type(raw_type)
         config = (AutoConfig if model.stage == "baseline" else FASConfig).from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -207,7 +207,7 @@ def _check_file(path: str, flag: str) -> None:
 
 def _config_and_tokenizer(source: str) -> tuple[FASConfig, Any]:
     try:
-        require_model_type(FASConfig.get_config_dict(source)[0], source, "MODEL")
+        require_model_type(FASConfig.get_config_dict(source)[0])
         config = FASConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"`MODEL` must be a checkpoint that can spike, got {source!r}: {error}") from error

@@ -80,9 +80,9 @@ def load_models(args: argparse.Namespace) -> tuple[Any, Any]:
     """
     try:
         config, _ = FASConfig.get_config_dict(args.checkpoint)
+        require_model_type(config)
     except (OSError, ValueError) as error:
         raise ValueError(f"`checkpoint` must be a FAS checkpoint, got {args.checkpoint!r}: {error}") from error
-    require_model_type(config, args.checkpoint, "checkpoint")
     kind, architecture = config.get("model_type"), (config.get("architectures") or [None])[0]
     if not str(kind).startswith("fas_"):
         raise ValueError(
