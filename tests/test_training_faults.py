@@ -247,16 +247,17 @@ def test_the_trainer_rotates_so(inputs, tmp_path, monkeypatch):
     assert args.save_total_limit == 2
 
 
-def test_a_disk_that_fills_up_leaves_the_checkpoints_before(full_disk, inputs, tmp_path):
+@pytest.mark.parametrize("part", ["_save_optimizer_and_scheduler", "_save_rng_state", "_save"])
+def test_a_disk_that_fills_up_leaves_the_checkpoints_before(part, full_disk, inputs, tmp_path):
     args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
     trainer = FASTrainer(model=build("glue", layers=1), args=args, train_dataset=rows("glue"))
-    save = trainer._save_optimizer_and_scheduler
+    save = getattr(trainer, part)
 
-    def full(folder):
-        full_disk(2_000 if folder.endswith("-2") else 10**9)
-        save(folder)
+    def full(folder, *given, **more):
+        full_disk(2_000 if "checkpoint-2" in str(folder) else 10**9)
+        save(folder, *given, **more)
 
-    trainer._save_optimizer_and_scheduler = full
+    setattr(trainer, part, full)
     with pytest.raises(OSError, match=r"`--output_dir` must be a folder with room for checkpoints, .*Free some space"):
         trainer.train()
     full_disk()

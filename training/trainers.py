@@ -115,9 +115,8 @@ def check_finite(args: TrainingArguments, step: int, **numbers: torch.Tensor) ->
         if bool(value.isfinite()):
             continue
         threshold_rate = getattr(args, "threshold_learning_rate", None)
-        rates = f"{args.learning_rate}" + (
-            "" if threshold_rate is None else f", --threshold_learning_rate {threshold_rate}"
-        )
+        rates = str(args.learning_rate)
+        rates += "" if threshold_rate is None else f", --threshold_learning_rate {threshold_rate}"
         last = last_complete(args.output_dir or "")
         kept = "No checkpoint was saved before" if last is None else f"The last good checkpoint is {str(last)!r}"
         raise FloatingPointError(
@@ -206,15 +205,16 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
         if self.args.should_save and folder.is_dir():
             remove(folder)
         self.accelerator.wait_for_everyone()
-        if self.args.should_save and self.run_settings is not None:
-            write_json(folder / RUN_FILE, self.run_settings)
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer deletes in no order
         try:
+            if self.args.should_save and self.run_settings is not None:
+                write_json(folder / RUN_FILE, self.run_settings)
             super()._save_checkpoint(model, trial, *args, **kwargs)
         except (OSError, RuntimeError) as error:
             if not self.args.should_save or is_complete(folder):
                 raise
-            remove(folder)
+            if folder.is_dir():
+                remove(folder)
             raise OSError(
                 f"`--output_dir` must be a folder with room for checkpoints, got {str(run_dir)!r}: {error}. Those "
                 "before are whole. Free some space, or keep fewer with --save_total_limit, then resume."
