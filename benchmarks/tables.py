@@ -3,11 +3,27 @@
 import sys
 from collections.abc import Iterator
 
-from benchmarks import backbone_tables, calibration_tables, energy_tables, readme, speed_tables, training_tables
+from benchmarks import (
+    backbone_tables,
+    calibration_tables,
+    energy_tables,
+    readme,
+    speed_tables,
+    spike_tables,
+    training_tables,
+)
 from benchmarks.pages import Part, command
 
 
-GENERATORS = (readme, backbone_tables, speed_tables, energy_tables, calibration_tables, training_tables)
+GENERATORS = (
+    readme,
+    backbone_tables,
+    speed_tables,
+    energy_tables,
+    calibration_tables,
+    training_tables,
+    spike_tables,
+)
 
 
 def parts() -> Iterator[Part]:

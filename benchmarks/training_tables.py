@@ -37,8 +37,9 @@ SECTIONS = (
         "Killed runs",
         "Commands killed by SIGKILL, so many seconds after their third checkpoint (a conversion: after they had their "
         "folder) or after a model began to be written, started again, and compared with the uninterrupted one: "
-        "largest absolute differences, and whether the results are the same. `checkpoints` counts those that were "
-        "left, `half models` the folders with a configuration and not all of a model.",
+        "largest absolute differences, and whether the results are the same (those of conversions; the others "
+        "evaluate nothing). `checkpoints` counts those that were left, `half models` the folders with a configuration "
+        "and not all of a model.",
     ),
     (
         "accumulation",

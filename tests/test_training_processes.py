@@ -106,4 +106,5 @@ def test_the_demo_runs_on_any_model_and_data_and_loads_what_it_saved(inputs, tmp
     rows = read_results(tmp_path / "demo" / "conversion.json")["metrics"]["rows"]
     ran = {(row["step"], row["mode"], row["T"]) for row in rows}
     assert ran >= {("gelu", "stock", 0), ("qcfs", "qcfs", 0), ("qcfs", "spiking", 8), ("calibrated", "spiking", 2)}
+    assert (rows[-1]["step"], rows[-1]["T"], rows[-1]["energy"]["ratio"] < 1) == ("spike_driven", 4, True)
     assert all(f"| {row['mode']} |" in printed for row in rows)

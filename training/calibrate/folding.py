@@ -29,7 +29,7 @@ def fold_thresholds(model: Any) -> None:
         raise ValueError("`gain` must be 'static' to fold, got 'token': no weight knows the token.")
     if model.config.L is None and model.config.T == 0:
         raise ValueError(
-            "`T` must be at least 1 to fold a model without levels, got 0, where it is the stock network, which folded "
+            "`T` must be at least 1 to fold a model without levels, got 0, the stock network, which folded "
             "weights do not fit. Set T with `set_timesteps`."
         )
     if model.config.calib_T is not None and model.config.granularity == "position":

@@ -1,0 +1,119 @@
+"""The tables of docs/spike-driven.md, from results: `python -m benchmarks.spike_tables [--check]`."""
+
+import statistics
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.pages import RESULTS, Part, command, source, wrapped
+from training.results import markdown_table, read_results
+
+
+PAGE = "docs/spike-driven.md"
+MODELS = {"prose": "gpt2-prose-mini, prose", "smollm2": "SmolLM2-135M, WikiText-103"}
+
+
+def parts() -> Iterator[Part]:
+    yield Part(PAGE, "training-free", "\n\n".join(training_free(name, title) for name, title in MODELS.items()))
+    yield Part(PAGE, "distilled", distilled())
+    yield Part(PAGE, "accumulated", accumulated())
+    yield Part(PAGE, "neurobench", neurobench())
+
+
+def code_of(row: dict[str, Any]) -> str:
+    """A code with its base, and its schedule where it is no layerwise one."""
+    base = f", b = {row['code_base']:.2g}" if row.get("code_base") else ""
+    schedule = row.get("schedule")
+    return row["code"].replace("_", " ") + base + (f", {schedule}" if schedule not in (None, "layerwise") else "")
+
+
+def training_free(name: str, title: str) -> str:
+    record = read_results(RESULTS / "spike_driven" / f"{name}.json")
+    stock, *rows = record["metrics"]
+    table = [
+        {"sites": row["sites"], "code": code_of(row), "T": row["T"], "perplexity": row["perplexity"]}
+        | {"over stock": row["over_stock"], "spikes an input": row["spikes"]}
+        | {"energy": row["energy"], "reads": row["reads"]}
+        for row in rows
+    ]
+    settings = record["configuration"]
+    about = (
+        f"Stock {stock['perplexity']:.2f}. {settings['windows']} windows of {settings['length']} tokens of "
+        f"`{settings['judged']}`; thresholds from {settings['calibration']}. {source(record)}"
+    )
+    return "\n\n".join([f"**{title}**", markdown_table(table, digits=3), wrapped(about)])
+
+
+def distilled() -> str:
+    tables = []
+    record = read_results(RESULTS / "distillation.json")
+    rows = [row for row in record["metrics"] if row["kind"] == "distilled"]
+    longest = {(row["code"], row["T"]): row for row in sorted(rows, key=lambda row: row["steps"])}
+    table = [
+        {"model": "gpt2-prose-mini, prose", "code": code_of(row), "T": row["T"], "steps": row["steps"]}
+        | {"before": row["before_over_stock"], "after": row["after_over_stock"]}
+        | {"spikes an input": row["after"]["spikes"], "energy": row["after"]["energy"], "reads": row["after"]["reads"]}
+        for _, row in sorted(longest.items(), reverse=True)
+    ]
+    settings = record["configuration"]
+    about = f"Perplexity over stock; {settings['judged'].partition(';')[0]}. {source(record)}"
+    tables += [markdown_table(table, digits=3), wrapped(about)]
+    path = RESULTS / "distillation_sst2.json"
+    if path.is_file():
+        record = read_results(path)
+        rows = [row for row in record["metrics"] if row["kind"] in ("trained", "converted", "distilled")]
+        table = [
+            {"model": "MiniLM, SST-2", "code": "stock (GELU)" if row["code"] == "gelu" else code_of(row)}
+            | {"T": row.get("T"), "steps": row.get("steps", "no training" if row["kind"] == "converted" else None)}
+            | {"accuracy": row["accuracy"], "spikes an input": row.get("spikes")}
+            | {"energy": row.get("energy"), "reads": row.get("reads")}
+            for row in rows
+        ]
+        about = f"{record['configuration']['judged'].capitalize()}. {source(record)}"
+        tables += [markdown_table(table, digits=3), wrapped(about)]
+    return "\n\n".join(tables)
+
+
+def accumulated() -> str:
+    tables = []
+    for path in sorted((RESULTS / "accumulated").glob("*.json")):
+        record = read_results(path)
+        rows = [row for row in record["metrics"] if not row["searched"]]
+        seeds = sorted({row["seed"] for row in rows})
+        by = {(row["seed"], row["T"], row["schedule"]): row["divergence"] for row in rows}
+        table = []
+        for T in sorted({row["T"] for row in rows}):
+            found = {
+                schedule: [by[seed, T, schedule] for seed in seeds if (seed, T, schedule) in by]
+                for schedule in ("stepwise", "layerwise", "accumulated")
+            }
+            if not all(len(each) == len(seeds) for each in found.values()):
+                continue
+            means = {schedule: statistics.mean(each) for schedule, each in found.items()}
+            table.append(
+                {"task": path.stem, "T": T, "seeds": len(seeds)}
+                | means
+                | {"gap of stepwise closed": f"{100 * (1 - means['accumulated'] / means['stepwise']):.1f} %"}
+            )
+        tables += [markdown_table(table, digits=4), wrapped(source(record))]
+    return "\n\n".join(tables)
+
+
+def neurobench() -> str:
+    record = read_results(RESULTS / "neurobench.json")
+    millions = (
+        "effective ACs, NeuroBench",
+        "effective ACs, ours",
+        "effective MACs, NeuroBench",
+        "effective MACs, ours",
+    )
+    table = [
+        {"code": code_of(row), "T": row["T"], "logits differ by": f"{row['logits differ by']:.1g}"}
+        | {f"{name}, M": row[name] / 1e6 for name in millions}
+        for row in record["metrics"]
+    ]
+    return "\n\n".join([markdown_table(table, digits=4), wrapped(source(record))])
+
+
+if __name__ == "__main__":
+    sys.exit(command(parts))
