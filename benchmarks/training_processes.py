@@ -1,31 +1,40 @@
-"""Two processes against one, and runs killed by SIGKILL against uninterrupted ones.
+"""Two processes against one, and commands killed by SIGKILL against uninterrupted ones.
 
-    PYTHONPATH=. python benchmarks/training_processes.py [--backbone gpt2|bert] [--steps 20]
+    PYTHONPATH=. python benchmarks/training_processes.py [--only_kills] [--kills 30] [--steps 20]
 
 Small random models on made-up data, in float32 and without dropout for the comparison of processes (each process draws
-its own), with dropout for the killed runs. Writes processes.json and killed.json in benchmarks/results/training.
+its own), with dropout for the killed runs. Those are of four kinds, in turn: training, calibration, conversion without
+training, and the recipe of two steps; every second one of a kind is killed while it saves. Writes processes.json and
+killed.json in benchmarks/results/training.
 """
 
 import argparse
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.training_helpers import save_bert, save_gpt2, tensors, write_corpus, write_reviews
-from training.checkpoints import checkpoints, is_complete
-from training.results import markdown_table, write_results
+from training.checkpoints import SCRATCH, checkpoints, is_complete
+from training.commands import LOCK_FILE
+from training.results import markdown_table, read_results, write_results
 
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "training"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+STARTING = 5.0  # seconds, about, until a command has its folder
 FLAGS = ["--do_train", "--learning_rate=1e-3", "--report_to=none", "--disable_tqdm=true", "--use_cpu"]
 
 
@@ -66,33 +75,126 @@ def difference(left: Path, right: Path) -> dict[str, float]:
     return found
 
 
-def kill_and_resume(arguments: list[str], whole: Path, out: Path, rng: random.Random, longest: float) -> dict:
-    """Start a run, kill it with SIGKILL at a random moment after its third checkpoint began, resume it, compare."""
-    save = ["--save_steps", "2", "--resume_from_checkpoint", "true"]
-    full = [sys.executable, "-m", *arguments, *save]
+def saved_three(out: Path) -> bool:
+    return len(checkpoints(out)) > 2
+
+
+def begun(out: Path) -> bool:
+    return (out / LOCK_FILE).exists()
+
+
+def saving(out: Path) -> bool:
+    """Whether a model is being written, to take the place of another, of a checkpoint or of nothing."""
+    return any(out.rglob(f"{SCRATCH}*"))
+
+
+def half(out: Path) -> list[str]:
+    """Folders that look like a model, with a configuration, and are none."""
+    folders = [path.parent for path in out.rglob("config.json") if "checkpoint-" not in str(path)]
+    whole = ("model.safetensors", "tokenizer_config.json")
+    return [folder.name for folder in folders if any(not (folder / name).is_file() for name in whole)]
+
+
+@dataclass
+class Kind:
+    """A command to kill: its arguments for an output folder, where its model is then, and what to wait for."""
+
+    name: str
+    arguments: Callable[[Path], list[str]]
+    ready: Callable[[Path], bool] = saved_three
+    model: str = "."
+    longest: float = 3.0  # seconds that it takes from there
+
+
+def kill_and_resume(
+    kind: Kind, whole: Path, out: Path, rng: random.Random, while_saving: bool = False
+) -> dict[str, Any]:
+    """Start a run, kill it with SIGKILL at a random moment, start it again, compare with the uninterrupted one.
+
+    It is killed after `kind.ready`, or within 50 ms after that and after a model began to be written.
+    """
+    arguments = kind.arguments(out)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    full = [sys.executable, "-m", *arguments]
     process = subprocess.Popen(full, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(checkpoints(out)) < 3 and process.poll() is None:
-        time.sleep(0.001)
-    delay = rng.uniform(0, longest)
+    for ready in (kind.ready, saving) if while_saving else (kind.ready,):
+        while not ready(out) and process.poll() is None:
+            time.sleep(0.001)
+    delay = rng.uniform(0, 0.05 if while_saving else kind.longest)
     time.sleep(delay)
     killed = process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
-    left = [(path.name, is_complete(path)) for path in checkpoints(out)]
-    run([sys.executable, "-m"], [*arguments, *save])
-    return {"delay": delay, "killed": killed, "found": left, **difference(whole, out)}
+    left = [(path.name, is_complete(path)) for path in sorted(out.rglob("checkpoint-*")) if path.is_dir()]
+    halves = half(out)
+    run([sys.executable, "-m"], arguments)
+    same = results(whole) == results(out)
+    found = {"killed": killed, "while saving": while_saving, "seconds": delay, "checkpoints": left}
+    return {
+        **found,
+        "half models": len(halves),
+        "same results": same,
+        **difference(whole / kind.model, out / kind.model),
+    }
+
+
+def results(out: Path) -> Any:
+    """The rows of a conversion, without the time they took; None of a run that evaluates nothing."""
+    path = out / "conversion.json"
+    if not path.is_file():
+        return None
+    return [
+        {name: value for name, value in row.items() if name != "seconds"}
+        for row in read_results(path)["metrics"]["rows"]
+    ]
+
+
+def kinds(folder: Path) -> list[Kind]:
+    """What is killed, on the inputs in a folder."""
+    save = ["--save_steps", "2", "--save_total_limit", "3", "--resume_from_checkpoint", "true"]
+    shared = {"train_file": str(folder / "train.json"), "validation_file": str(folder / "train.json")}
+    shared |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "max_eval_samples": 16, "T": [2]}
+    shared |= {"save_steps": 2, "save_total_limit": 3, "max_steps": 20, "learning_rate": 1e-3}
+    steps = {"qcfs": {"script": "run_glue"}, "calibrated": {"script": "run_glue", "stage": "calibrate", "calib_T": 2}}
+    (folder / "recipe.yaml").write_text(json.dumps({"shared": shared, "steps": steps}), encoding="utf-8")
+    recipe = ["training.convert", str(folder / "recipe.yaml"), "--model_name_or_path", str(folder / "bert")]
+    untrained = ["training.convert", str(folder / "gpt2"), "--sites", "all", "--code", "phase", "--tokens", "256"]
+    untrained += ["--calibration_file", str(folder / "corpus.json"), "--limit", "4"]
+    return [
+        Kind("training", lambda out: [*command("bert", "downstream", folder, out, 8, 60), *save]),
+        Kind("calibration", lambda out: [*command("bert", "calibrate", folder, out, 8, 40), *save]),
+        Kind("conversion", lambda out: [*untrained, "--output_dir", str(out)], begun, longest=0.0),
+        Kind("recipe", lambda out: [*recipe, "--output_dir", str(out)], begun, "calibrated", longest=0.0),
+    ]
+
+
+def kill_all(folder: Path, count: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Kill every kind in turn, `count` times in all; a run that was over before it was killed does not count."""
+    chosen, kills = kinds(folder), []
+    for kind in chosen:
+        start = time.perf_counter()
+        run([sys.executable, "-m"], kind.arguments(folder / kind.name))
+        kind.longest = kind.longest or time.perf_counter() - start - STARTING
+    while len(kills) < count:
+        kind = chosen[len(kills) % len(chosen)]
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            odd = len(kills) // len(chosen) % 2 == 1
+            found = kill_and_resume(kind, folder / kind.name, Path(out) / "out", rng, odd)
+        if found["killed"]:
+            del found["killed"]
+            kills.append({"kill": len(kills) + 1, "command": kind.name, **found})
+            print(kills[-1], flush=True)
+    return kills
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kills", type=int, default=6)
-    parser.add_argument("--longest", type=float, default=3.0, help="seconds after the first checkpoint")
+    parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--only_kills", action="store_true")
     given = parser.parse_args()
-    rows, kills, rng = [], [], random.Random(given.seed)
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_reviews(folder / "train.json", 512)
@@ -108,14 +210,9 @@ def main() -> None:
                 rows.append({"model": backbone, "stage": stage, "steps": given.steps, **difference(one, two)})
                 print(rows[-1], flush=True)
         save_bert(folder / "bert", dropout=0.1)
-        whole = folder / "whole"
-        run([sys.executable, "-m"], command("bert", "downstream", folder, whole, 8, 60))
-        for i in range(given.kills):
-            out = folder / f"killed-{i}"
-            arguments = command("bert", "downstream", folder, out, 8, 60)
-            longest = given.longest if i % 2 == 0 else 0.1  # every second one while a checkpoint is being written
-            kills.append({"kill": i, **kill_and_resume(arguments, whole, out, rng, longest)})
-            print(kills[-1], flush=True)
+        shutil.rmtree(folder / "bert-qcfs", ignore_errors=True)
+        run([sys.executable, "-m"], command("bert", "downstream", folder, folder / "bert-qcfs", 8, 4))
+        kills = kill_all(folder, given.kills, random.Random(given.seed))
     print(markdown_table(rows, digits=10))
     if rows:
         write_results(RESULTS / "processes.json", metrics=rows, configuration=vars(given))

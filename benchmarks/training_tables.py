@@ -34,8 +34,11 @@ SECTIONS = (
     (
         "killed",
         "Killed runs",
-        "Killed by SIGKILL at a random moment after a checkpoint, resumed, compared with the uninterrupted one: "
-        "largest absolute differences. `found` counts the checkpoints that it left.",
+        "Commands killed by SIGKILL, so many seconds after their third checkpoint (a conversion: after they had their "
+        "folder) or after a model began to be written, started again, and compared with the uninterrupted one: "
+        "largest absolute differences, and whether the results are the same (those of conversions; the others "
+        "evaluate nothing). `checkpoints` counts those that were left, `half models` the folders with a configuration "
+        "and not all of a model.",
     ),
     (
         "accumulation",

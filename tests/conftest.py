@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -50,6 +51,14 @@ def shared() -> Path:
 def run_outside(tmp_path):
     """`run_outside(["-c", code, ...])`: a new process in `tmp_path` that cannot import this repository; its output."""
     return lambda args: run_outside_repository(args, tmp_path)
+
+
+@pytest.fixture
+def full_disk():
+    """`full_disk(size)`: no file can grow beyond so many bytes from now on; `full_disk()`: they can again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

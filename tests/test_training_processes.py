@@ -1,6 +1,7 @@
 """Whole processes: two against one, killed runs, the demo, every GLUE task on made-up rows."""
 
 import random
+import shutil
 import sys
 
 import pytest
@@ -48,20 +49,25 @@ def test_two_processes_equal_one_with_the_same_global_batch(backbone, inputs, tm
         assert row["T"] == 0 or other["spike_rate"] == pytest.approx(
             row["spike_rate"], rel=0.05
         )  # repeated rows count
+    assert not (two / ".lock").exists(), "one run, of two processes"
     found = processes.difference(one, two)
     assert found["thresholds"] < 1e-5
     assert found["weights"] < 1e-4
 
 
 @pytest.mark.slow
-def test_a_run_killed_by_sigkill_resumes_bit_for_bit(inputs, tmp_path):
-    save_bert(inputs / "dropout", dropout=0.1)
-    arguments = processes.command("dropout", "downstream", inputs, tmp_path / "whole", 8, 40)
-    processes.run([sys.executable, "-m"], arguments)
-    again = processes.command("dropout", "downstream", inputs, tmp_path / "killed", 8, 40)
-    found = processes.kill_and_resume(again, tmp_path / "whole", tmp_path / "killed", random.Random(0), longest=1.0)
-    assert found["killed"]
-    assert found["thresholds"] == found["weights"] == 0
+def test_commands_killed_by_sigkill_end_bit_for_bit_as_if_they_had_not_been(inputs, tmp_path):
+    for name in ("bert", "gpt2"):
+        shutil.copytree(inputs / name, tmp_path / name)
+    for name in ("train", "corpus"):
+        shutil.copy(inputs / f"{name}.json", tmp_path)
+    save_bert(tmp_path / "bert", dropout=0.1)
+    processes.run(
+        [sys.executable, "-m"], processes.command("bert", "downstream", tmp_path, tmp_path / "bert-qcfs", 8, 4)
+    )
+    for found in processes.kill_all(tmp_path, 4, random.Random(0)):
+        assert found["thresholds"] == found["weights"] == found["key biases"] == found["half models"] == 0
+        assert found["same results"]
 
 
 @pytest.mark.slow

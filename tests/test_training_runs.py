@@ -274,6 +274,17 @@ def test_convert_runs_all_steps_skips_finished_ones_and_refuses_changed_ones(inp
         convert.main(argv)
     with pytest.raises(ValueError, match=r"step 'gelu' with other settings, .* where learning_rate differ"):
         convert.main([*argv, "--gelu.learning_rate", "1e-4"])
+    interrupt(tmp_path / "out" / "qcfs")
+    shutil.rmtree(tmp_path / "out" / "gelu")
+    with pytest.raises(ValueError, match="must not hold step 'qcfs' from an earlier model"):
+        convert.main(argv)
+
+
+def interrupt(step: Path) -> None:
+    """Make a step one that was killed after a checkpoint."""
+    mark = json.loads((step / "step.json").read_text())
+    (step / "step.json").write_text(json.dumps({**mark, "finished": False}))
+    (step / "checkpoint-1").mkdir()
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in convert.RECIPES.glob("*.yaml")))

@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 from pathlib import Path
 
 import pytest
@@ -238,14 +237,6 @@ def gradient_of_first_step(kind: str, tmp_path, size: int, steps: int) -> dict[s
     trainer.create_optimizer().register_step_pre_hook(keep)
     trainer.train()
     return found
-
-
-@pytest.fixture
-def full_disk():
-    """`full_disk(size)`: no file can grow beyond so many bytes from now on; `full_disk()`: they can again."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("room", [20_000, 60_000], ids=["fails-at-the-code", "fails-at-the-weights"])

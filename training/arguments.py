@@ -1,6 +1,7 @@
 """What can be set on a command line or in a YAML file, and the checks that need no model and no data."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from .commands import LOCK_FILE
 
 
 STAGES = ("baseline", "full", "downstream", "calibrate")
@@ -35,6 +38,21 @@ THRESHOLD_LEARNING_RATES = {
 CALIBRATION_SETTINGS = {"clm": (0.05, 0.1), "glue": (0.05, 1.0)}
 # Initial threshold by script, where neither the flag nor the checkpoint has one: those of the published code.
 INITIAL_THRESHOLDS = {"clm": 2.0, "mlm": 1.24, "glue": 2.5}
+MOST_LEVELS = 256
+# Settings of training that are numbers of at least so much.
+LEAST = {
+    "learning_rate": 0,
+    "threshold_learning_rate": 0,
+    "site_weight": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "num_train_epochs": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "seed": 0,
+}
 FILE_TYPES = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -103,9 +121,11 @@ class ModelArguments:
                 "`--model_name_or_path` is required: a checkpoint to start from. To train from scratch give "
                 "--config_name and --tokenizer_name instead."
             )
-        for name, values in (("L", [self.L]), ("calib_T", [self.calib_T])):
-            if values[0] is not None and values[0] < 1:
-                raise ValueError(f"`--{name}` must be at least 1, got {values[0]}.")
+        for name, value in (("L", self.L), ("calib_T", self.calib_T)):
+            if value is not None and value < 1:
+                raise ValueError(f"`--{name}` must be at least 1, got {value}.")
+        if self.L is not None and self.L > MOST_LEVELS:
+            raise ValueError(f"`--L` must be at most {MOST_LEVELS}, got {self.L}. Fewer do: 8 to 16, as a rule.")
         if any(T < 0 for T in self.T):
             raise ValueError(f"`--T` must hold numbers of timesteps, 0 or more, got {self.T}.")
         if any(self.T) and not do_eval:
@@ -171,6 +191,8 @@ class DataArguments:
                 raise ValueError(f"`--{name}` must end in one of {', '.join(FILE_TYPES)}, got {value!r}.")
             if not Path(value).is_file():
                 raise ValueError(f"`--{name}` must be a file that exists, got {value!r}.")
+            if not Path(value).stat().st_size:
+                raise ValueError(f"`--{name}` must hold rows, got the empty file {value!r}.")
         if any(files.values()):
             if self.dataset_name:
                 raise ValueError(
@@ -186,10 +208,21 @@ class DataArguments:
             raise ValueError(f"`--dataset_name` must be a folder that exists, got {source!r}.")
         if self.streaming and script == "glue":
             raise ValueError("`--streaming` is for run_clm and run_mlm; a GLUE task fits into memory.")
-        for limit in ("max_train_samples", "max_eval_samples", "max_seq_length", "block_size"):
+        for limit, least in (
+            ("max_train_samples", 1),
+            ("max_eval_samples", 1),
+            ("max_seq_length", 2),
+            ("block_size", 2),
+        ):
             value = getattr(self, limit)
-            if value is not None and value < 1:
-                raise ValueError(f"`--{limit}` must be at least 1, got {value}.")
+            if value is not None and value < least:
+                raise ValueError(f"`--{limit}` must be at least {least}, got {value}.")
+        if not 0 < self.mlm_probability < 1:
+            raise ValueError(f"`--mlm_probability` must be between 0 and 1, got {self.mlm_probability}.")
+        if not 0 < self.validation_split_percentage < 100:
+            raise ValueError(
+                f"`--validation_split_percentage` must be between 0 and 100, got {self.validation_split_percentage}."
+            )
 
 
 @dataclass
@@ -221,7 +254,13 @@ class FASTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Start anew in an output folder that is not empty; its checkpoints are deleted."},
     )
-
+    allow_changed_resume: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on from a checkpoint with other settings or data, or without its optimizer or random states. "
+            "The result is then that of no uninterrupted run."
+        },
+    )
     group_by_length: bool = field(
         default=False, metadata={"help": "Make batches of rows of about the same length, so that little is padded."}
     )
@@ -240,8 +279,8 @@ class FASTrainingArguments(TrainingArguments):
 
     def check(self, streaming: bool) -> None:
         """Raise for a run that does nothing, has no end, or has nowhere to write."""
-        if self.site_weight is not None and self.site_weight < 0:
-            raise ValueError(f"`--site_weight` must be 0 or more, got {self.site_weight}.")
+        for name, least in LEAST.items():
+            check_number(f"--{name}", getattr(self, name), least)
         if not (self.do_train or self.do_eval):
             raise ValueError("`--do_train` or `--do_eval` is required: there is nothing to do.")
         if streaming and self.do_train and self.max_steps <= 0:
@@ -249,16 +288,21 @@ class FASTrainingArguments(TrainingArguments):
                 "`--max_steps` is required with --streaming, whose length is not known, "
                 f"got --max_steps {self.max_steps}."
             )
-        check_output_dir(self)
+        if not self.output_dir or self.output_dir == "trainer_output":
+            raise ValueError("`--output_dir` is required: the folder for the model, its checkpoints and results.")
+        check_writable(self.output_dir)
 
 
-def check_output_dir(args: FASTrainingArguments) -> None:
-    """Raise for an output folder that cannot be written to, or that holds something and was not said to be used."""
-    if not args.output_dir or args.output_dir == "trainer_output":
-        raise ValueError("`--output_dir` is required: the folder for the model, its checkpoints and results.")
-    check_writable(args.output_dir)
+def check_number(name: str, value: float | None, least: float) -> None:
+    """Raise for a number that is not finite or too small; None is none."""
+    if value is not None and not (math.isfinite(value) and value >= least):
+        raise ValueError(f"`{name}` must be {least} or more, got {value}.")
+
+
+def check_empty(args: FASTrainingArguments) -> None:
+    """Raise for an output folder that holds something and was not said to be used."""
     if args.do_train and not (args.overwrite_output_dir or args.resume_from_checkpoint):
-        found = sorted(entry.name for entry in Path(args.output_dir).iterdir())
+        found = sorted(entry.name for entry in Path(args.output_dir or "").iterdir() if entry.name != LOCK_FILE)
         if found:
             raise ValueError(
                 f"`--output_dir` must be empty, got {args.output_dir!r} with {', '.join(found[:3])}"
@@ -277,6 +321,15 @@ def check_writable(folder: str) -> None:
         raise ValueError(
             f"`--output_dir` must be a folder that can be written to, got {folder!r}: {error.strerror}."
         ) from error
+
+
+def require_model_type(config: dict[str, Any]) -> None:
+    """Raise for what is read of a folder without a configuration, or one that does not say of what model."""
+    if config.get("model_type") is None:
+        raise ValueError(
+            "it has no config.json that names its `model_type`. Give the folder that save_pretrained wrote, or a name "
+            "on the Hub."
+        )
 
 
 def parse_arguments(
@@ -301,7 +354,10 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """Read a YAML file that must hold a mapping."""
     if not Path(path).is_file():
         raise ValueError(f"The YAML file must exist, got {str(path)!r}.")
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The YAML file must be readable, got {str(path)!r}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"A YAML file must map flags to values, got {type(content).__name__} in {str(path)!r}.")
     return content

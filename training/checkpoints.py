@@ -1,31 +1,31 @@
-"""Checkpoints that are whole: which one to resume from, and none that a killed process left half-written."""
+"""Checkpoints that are whole: none that a killed process left half-written, rotated or replaced."""
 
 import json
-import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME
 
-from .arguments import FASTrainingArguments
 
-
-logger = logging.getLogger(__name__)
+SCRATCH = ".saving-"
+# Of one process, of FSDP and of DeepSpeed.
+WEIGHTS = ("*.safetensors", "pytorch_model_fsdp*", "global_step*")
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Return whether a checkpoint was written to its end: the trainer state is the last file of it."""
+    """Return whether a checkpoint was written to its end: it has weights, and the trainer state, its last file."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return False
-    return True
+    return any(any(checkpoint.glob(pattern)) for pattern in WEIGHTS)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -34,57 +34,57 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def checkpoint_to_resume(args: FASTrainingArguments) -> str | None:
-    """Return the checkpoint that `--resume_from_checkpoint` means: the one named, or the last complete one.
-
-    Raises:
-        ValueError: if the one named is not complete.
-    """
-    wanted = args.resume_from_checkpoint
-    if not wanted:
-        return None
-    if isinstance(wanted, str):
-        if not is_complete(Path(wanted)):
-            raise ValueError(
-                f"`--resume_from_checkpoint` must be a complete checkpoint, got {wanted!r} without a readable "
-                f"{TRAINER_STATE_NAME}. --resume_from_checkpoint true takes the last complete one of --output_dir."
-            )
-        return wanted
-    complete = [path for path in checkpoints(args.output_dir or "") if is_complete(path)]
-    if not complete:
-        logger.warning(f"No complete checkpoint in {args.output_dir!r}: training starts from the beginning.")
-        return None
-    return str(complete[-1])
+def last_complete(output_dir: str | Path) -> Path | None:
+    """Return the complete checkpoint of the latest step, if there is one."""
+    return next((path for path in reversed(checkpoints(output_dir)) if is_complete(path)), None)
 
 
 def remove_checkpoints(output_dir: str | Path) -> None:
-    """Delete the checkpoints of an earlier run, their mark of completeness first."""
+    """Delete the checkpoints of an earlier run."""
     for path in checkpoints(output_dir):
-        unmark(path)
-        shutil.rmtree(path)
+        remove(path)
 
 
-def unmark(checkpoint: Path) -> None:
-    """Make a checkpoint count as incomplete, before it is written again or deleted."""
+def rotate(output_dir: str | Path, limit: int | None, kept: Collection[Path]) -> None:
+    """Delete the oldest checkpoints, by the time they were written, until `limit` are left; never those `kept`."""
+    found = sorted(checkpoints(output_dir), key=lambda path: path.stat().st_mtime)
+    old = [path for path in found if path not in kept]
+    for path in old[: max(len(found) - limit, 0)] if limit and limit > 0 else ():
+        remove(path)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, its mark of completeness first."""
     (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Delete what killed processes left of models that they were saving."""
+    for path in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(path)
 
 
 @contextmanager
 def whole_or_nothing(folder: Path) -> Iterator[str]:
     """Yield a scratch folder to save a model into, which then replaces the one in `folder`.
 
+    The configuration goes first and comes last, so that no moment leaves weights that load with another one's.
+
     Raises:
         OSError: if it cannot be written, with what was in `folder` before still there and nothing added.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
             yield scratch
             files = {path.relative_to(scratch): path for path in Path(scratch).rglob("*") if path.is_file()}
+            if Path(CONFIG_NAME) in files:
+                (folder / CONFIG_NAME).unlink(missing_ok=True)
             for weights in folder.glob("model*.safetensors*"):
                 if weights.relative_to(folder) not in files:
                     weights.unlink()
-            for name, path in files.items():
+            for name, path in sorted(files.items(), key=lambda each: each[0] == Path(CONFIG_NAME)):
                 (folder / name).parent.mkdir(exist_ok=True)
                 os.replace(path, folder / name)
     except (OSError, SafetensorError) as error:

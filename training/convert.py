@@ -12,6 +12,7 @@ Steps that are finished are skipped; one that was killed goes on from its last c
 
 import importlib
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,10 +22,11 @@ from typing import Any
 from configuration_fas import FASConfig
 
 from . import untrained
-from .arguments import read_yaml, to_flags
+from .arguments import check_writable, read_yaml, require_model_type, to_flags
 from .checkpoints import checkpoints, remove_checkpoints
+from .commands import only_run, run_command, show_messages
 from .results import flat, markdown_table, plain, read_results, write_json, write_results
-from .runner import RESULTS_FILE, show_messages
+from .runner import RESULTS_FILE
 from .untrained import SUMMARY_FILE
 
 
@@ -47,14 +49,16 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     recipe, flags = read_recipe(given)
     output_dir = Path(flags.pop("output_dir", recipe.get("output_dir", "")))
     steps = plan(recipe, flags, output_dir)
+    check_writable(str(output_dir))
     rows, ran = [], False
-    for name, script, settings in steps:
-        ran |= run_step(name, script, settings, recipe.get("launcher"), start_changed=ran)
-        found = read_results(Path(settings["output_dir"]) / RESULTS_FILE)["metrics"]["rows"]
-        rows += [{"step": name, **row} for row in found]
-    configuration = {name: {"script": script, **settings} for name, script, settings in steps}
-    command = ["python", "-m", "training.convert", *given]
-    write_results(output_dir / SUMMARY_FILE, metrics={"rows": rows}, configuration=configuration, command=command)
+    with only_run(output_dir):
+        for name, script, settings in steps:
+            ran |= run_step(name, script, settings, recipe.get("launcher"), start_changed=ran)
+            found = read_results(Path(settings["output_dir"]) / RESULTS_FILE)["metrics"]["rows"]
+            rows += [{"step": name, **row} for row in found]
+        configuration = {name: {"script": script, **settings} for name, script, settings in steps}
+        command = ["python", "-m", "training.convert", *given]
+        write_results(output_dir / SUMMARY_FILE, metrics={"rows": rows}, configuration=configuration, command=command)
     logger.info("%s\n\nThe model is in %s", markdown_table([flat(row) for row in rows]), steps[-1][2]["output_dir"])
     return rows
 
@@ -71,6 +75,7 @@ def read_recipe(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         if model is None:
             raise ValueError("`--model_name_or_path` is required where no recipe is given.")
         try:
+            require_model_type(FASConfig.get_config_dict(model)[0])
             causal = FASConfig.from_pretrained(model).table.causal
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -107,6 +112,11 @@ def plan(recipe: dict[str, Any], flags: dict[str, Any], output_dir: Path) -> lis
     """
     if not output_dir.name:
         raise ValueError("`--output_dir` is required, here or in the recipe.")
+    odd = [name for name in recipe["steps"] if not re.fullmatch(r"\w[\w-]*", str(name))]
+    if odd:
+        raise ValueError(
+            f"`steps` must have names of letters, digits, _ and -, each a folder below --output_dir, got {odd[0]!r}."
+        )
     names = flags.pop("steps", list(recipe["steps"]))
     names = [names] if isinstance(names, str) else names
     unknown = [name for name in names if name not in recipe["steps"]]
@@ -142,22 +152,23 @@ def run_step(
     """Run a step unless it is finished; returns whether it ran.
 
     Raises:
-        ValueError: if its folder holds a step with other settings, or from a model that was made anew since.
+        ValueError: if its folder holds a finished step with other settings, or one from a model that was made anew
+            since. (What an interrupted one may change, its checkpoints know.)
     """
     folder = Path(settings["output_dir"])
     mark = folder / STEP_FILE
     found: dict[str, Any] = read_results(mark) if mark.is_file() else {"settings": settings, "finished": False}
     changed = sorted(
         key
-        for key in found["settings"].keys() | settings.keys()
+        for key in (found["settings"].keys() | settings.keys()) - {"allow_changed_resume"}
         if str(plain(found["settings"]).get(key)) != str(plain(settings).get(key))  # of secrets neither has the value
     )
-    if changed and (found["finished"] or checkpoints(folder)):
+    if changed and found["finished"]:
         raise ValueError(
             f"`--output_dir` must not hold step {name!r} with other settings, got {str(folder)!r}, where "
             f"{', '.join(changed)} differ. Remove that folder, or choose another --output_dir."
         )
-    if found["finished"] and start_changed:
+    if start_changed and (found["finished"] or checkpoints(folder)):
         raise ValueError(
             f"`--output_dir` must not hold step {name!r} from an earlier model, got {str(folder)!r}, while the step "
             "before it was run anew. Remove that folder."
@@ -178,20 +189,12 @@ def run_step(
 
 
 def command(argv: Sequence[str]) -> int:
-    """As [`main`], with help, and messages for what can be seen to be wrong beforehand; returns the exit status."""
+    """As [`main`], with help, and messages for errors; returns the exit status."""
     if {"-h", "--help"} & {*argv}:
         untrained.make_parser(sorted(path.stem for path in RECIPES.glob("*.yaml"))).print_help()
         return 0
-    if untrained.is_meant(argv):
-        return untrained.run(argv)
-    try:
-        recipe, flags = read_recipe(list(argv))
-        plan(recipe, flags, Path(flags.pop("output_dir", recipe.get("output_dir", ""))))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"Not converted: {error}\n")
-        return 1
-    main(argv)
-    return 0
+    memory = "Fewer --tokens, a lower --limit, a smaller batch or a smaller model need less."
+    return run_command(main, "Not converted", argv, memory=memory)
 
 
 if __name__ == "__main__":

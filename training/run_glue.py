@@ -4,6 +4,7 @@ python -m training.run_glue --stage downstream --model_name_or_path MODEL --task
 python -m training.run_glue settings.yaml
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ from transformers import DataCollatorWithPadding
 
 from configuration_fas import positions_of
 
+from .commands import run_command, show_messages
 from .data import load_raw
 from .evaluate.rows import TaskMetric, for_trainer
-from .runner import Run, load_model, show_messages, start, train_and_evaluate
+from .runner import Run, check_vocabulary, load_model, start, train_and_evaluate
 from .tasks import Task, check_task_name, encode, find_task, select_splits
 from .tokenization import load_tokenizer
 
@@ -23,7 +25,12 @@ DEFAULT_LENGTH = 128
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run one stage; returns the rows of its evaluation."""
-    run = start("glue", ("baseline", "downstream", "calibrate"), argv)
+    with start("glue", ("baseline", "downstream", "calibrate"), argv) as run:
+        return run_stage(run)
+
+
+def run_stage(run: Run) -> list[dict[str, Any]]:
+    """Train and evaluate as a checked command line says; returns the rows."""
     args, data = run.training, run.data
     check_task_name(data.task_name)
     trained = check_trained(run)
@@ -37,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(run.model, causal=run.causal)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    check_vocabulary(tokenizer, run.config)
+    special = tokenizer.num_special_tokens_to_add(pair=len(task.columns) == 2)
+    if length <= special:
+        raise ValueError(f"`--max_seq_length` must leave room for text beside {special} special tokens, got {length}.")
     padding = {"pad_token_id": tokenizer.pad_token_id} if run.causal else {}
     model = load_model(run, **padding, **label_settings(task))
     with args.main_process_first(desc="tokenizing"):
@@ -84,4 +95,4 @@ def label_settings(task: Task) -> dict[str, Any]:
 
 if __name__ == "__main__":
     show_messages()
-    main()
+    sys.exit(run_command(main, "Not run"))

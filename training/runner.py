@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer, set_seed
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
 
 import modeling_fas
-from configuration_fas import BACKBONES, FASConfig, positions_of
+from configuration_fas import BACKBONES, MOST_TIMESTEPS, FASConfig, positions_of
 
 from .arguments import (
     AUTO_CLASSES,
@@ -23,22 +25,27 @@ from .arguments import (
     DataArguments,
     FASTrainingArguments,
     ModelArguments,
+    check_empty,
     parse_arguments,
+    require_model_type,
 )
 from .calibrate.coarse import start_calibration
 from .calibrate.loss import RECORD_FILE, describe_sites, save_record
-from .checkpoints import checkpoint_to_resume, remove_checkpoints
+from .checkpoints import remove_checkpoints, remove_scratch
+from .commands import only_run
 from .data import AnyDataset, blocks
 from .distillation import FASDistillationTrainer, check_settings
-from .evaluate.trainer import evaluate_trainer
+from .evaluate.trainer import evaluate_trainer, warn_after_training
 from .results import fingerprint, flat, markdown_table, read_results, write_results
+from .resume import checkpoint_to_resume, settings_of
+from .shards import check_shards
 from .trainers import FASCalibrationTrainer, FASTrainer, schedule_to_train, spikes_by_itself
 
 
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "evaluation.json"
-# Rows of training data that the coarse search and the calibration record look at.
+# Rows of training data that the coarse search, the calibration record and the warning of dead sites look at.
 COARSE_ROWS = 64
 
 
@@ -96,6 +103,14 @@ def text_length(run: Run, flag: str) -> int:
     return size
 
 
+def check_vocabulary(tokenizer: Any, config: Any) -> None:
+    """Raise for a tokenizer that gives token ids the model has no embedding for."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"`--tokenizer_name` must have at most the {config.vocab_size} tokens of the model, got {len(tokenizer)}."
+        )
+
+
 def text_blocks(run: Run, raw: dict[str, AnyDataset], tokenizer: Any, size: int) -> dict[str, AnyDataset]:
     """Tokenize every split and cut it into blocks of `size` tokens, the main process first."""
     seeds = {"train": run.training.seed}
@@ -106,27 +121,29 @@ def text_blocks(run: Run, raw: dict[str, AnyDataset], tokenizer: Any, size: int)
         }
 
 
-def show_messages() -> None:
-    """Print what the modules of this package report; nothing of other libraries below a warning."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("training").setLevel(logging.INFO)
+@contextmanager
+def start(script: str, stages: Sequence[str], argv: Sequence[str] | None) -> Iterator[Run]:
+    """Parse and check the arguments of a script, read the configuration of the model, seed everything.
 
-
-def start(script: str, stages: Sequence[str], argv: Sequence[str] | None) -> Run:
-    """Parse and check the arguments of a script, read the configuration of the model, seed everything."""
+    Within the context no other run can have the output folder.
+    """
     given = sys.argv[1:] if argv is None else argv
     model, data, training = parse_arguments(given)
     model.check(script, stages, training.do_eval)
     data.check(script, training.do_train, training.do_eval)
     training.check(data.streaming)
     check_distillation(model, training)
-    if training.fp16 and training.device.type == "cpu":
-        logger.warning("--fp16 has no effect on a CPU: the run is in float32. --bf16 would have one.")
-    config = read_config(model, script)
-    if model.teacher and training.do_train:
-        read_teacher(model.teacher, script)
-    set_seed(training.seed)
-    return Run(script, model, data, training, config, ["-m", f"training.run_{script}", *given])
+    with only_run(training.output_dir or "", training.should_save):
+        check_empty(training)
+        if training.should_save:
+            remove_scratch(Path(training.output_dir or ""))
+        if training.fp16 and training.device.type == "cpu":
+            logger.warning("--fp16 has no effect on a CPU: the run is in float32. --bf16 would have one.")
+        config = read_config(model, script, training.do_train)
+        if model.teacher and training.do_train:
+            read_teacher(model.teacher, script)
+        set_seed(training.seed)
+        yield Run(script, model, data, training, config, ["-m", f"training.run_{script}", *given])
 
 
 def kinds(script: str) -> list[str]:
@@ -134,11 +151,12 @@ def kinds(script: str) -> list[str]:
     return [name for name, table in BACKBONES.items() if AUTO_CLASSES[script] in table.models]
 
 
-def read_config(model: ModelArguments, script: str) -> Any:
+def read_config(model: ModelArguments, script: str, do_train: bool = False) -> Any:
     """Read the configuration of the checkpoint, or of the model to train from scratch, and check that it fits.
 
     Raises:
-        ValueError: for a checkpoint of another architecture, or one to calibrate that never was a QCFS network.
+        ValueError: for a checkpoint of another architecture, one to calibrate that never was a QCFS network, one that
+            was calibrated where weights are to train, or timesteps that its code does not have.
     """
     *others, last = kinds(script)
     known = f"{', '.join(others)} or {last}"
@@ -146,8 +164,9 @@ def read_config(model: ModelArguments, script: str) -> Any:
     flag = "model_name_or_path" if model.model_name_or_path else "config_name"
     options: dict[str, Any] = {"revision": model.model_revision}
     try:
-        config = (AutoConfig if model.stage == "baseline" else FASConfig).from_pretrained(source, **options)
         raw_type, _ = FASConfig.get_config_dict(source, **options)
+        require_model_type(raw_type)
+        config = (AutoConfig if model.stage == "baseline" else FASConfig).from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`--{flag}` must be a {known} checkpoint (a folder, or a name on the Hub), got {source!r}: {error}"
@@ -166,6 +185,8 @@ def read_config(model: ModelArguments, script: str) -> Any:
     if model.stage != "baseline":
         keeps_time = str(kind).startswith("fas_") and spikes_by_itself(config)
         config.T = config.T if keeps_time else 0
+        _check_timesteps(model, config)
+        _check_calibrated(model, config, source, trains_weights=do_train and model.stage != "calibrate")
         config.L = model.L or config.L
         if keeps_time and config.T == 0 and config.L is None and model.stage != "calibrate":
             logger.warning(
@@ -177,6 +198,34 @@ def read_config(model: ModelArguments, script: str) -> Any:
         elif not str(kind).startswith("fas_"):
             config.initial_threshold = INITIAL_THRESHOLDS[script]
     return config
+
+
+def _check_timesteps(model: ModelArguments, config: Any) -> None:
+    most = MOST_TIMESTEPS[config.code]
+    for name, values in (("T", model.T), ("calib_T", [model.calib_T or 0])):
+        if max(values, default=0) > most:
+            raise ValueError(
+                f"`--{name}` must be at most {most} with code {config.code!r}, got {max(values)}. Fewer do: 4 to 8, "
+                "as a rule."
+            )
+
+
+def _check_calibrated(model: ModelArguments, config: Any, source: str, trains_weights: bool) -> None:
+    """Raise for a calibration that a stage would make stale."""
+    if config.calib_T is None:
+        return
+    before = f"from_pretrained({source!r}, calib_T=None), saved in another folder"
+    if trains_weights and config.T == 0 and config.L is not None:
+        raise ValueError(
+            f"`--model_name_or_path` must not be calibrated at --stage {model.stage}, which trains the weights and "
+            f"leaves its fine thresholds behind, got {source!r}, calibrated for T = {config.calib_T}. Start from the "
+            f"checkpoint before calibration: {before}, is that."
+        )
+    if model.stage == "calibrate" and model.L not in (None, config.L):
+        raise ValueError(
+            f"`--L` must be that of the calibration, {config.L}, got {model.L}. Leave it out, or start from the "
+            f"checkpoint before calibration: {before}, is that."
+        )
 
 
 def check_distillation(model: ModelArguments, training: FASTrainingArguments) -> None:
@@ -227,7 +276,15 @@ def load_teacher(run: Run) -> Any:
             f"`--teacher` must have the `{what}` of the model, {getattr(run.config, what)}, got {source!r} with "
             f"{getattr(config, what, None)}."
         )
-    return getattr(transformers, AUTO_CLASSES[run.script]).from_pretrained(source, dtype="float32")
+    return _read_weights(getattr(transformers, AUTO_CLASSES[run.script]), source, "teacher")
+
+
+def _read_weights(model_class: Any, source: str, flag: str, **settings: Any) -> Any:
+    check_shards(source)
+    try:
+        return model_class.from_pretrained(source, dtype="float32", **settings)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"`--{flag}` must be a checkpoint that can be read, got {source!r}: {error}") from error
 
 
 def load_model(run: Run, **settings: Any) -> Any:
@@ -247,11 +304,12 @@ def load_model(run: Run, **settings: Any) -> Any:
         setattr(run.config, name, value)
     if run.model.model_name_or_path is None:
         return model_class(run.config)
-    model = model_class.from_pretrained(
+    model = _read_weights(
+        model_class,
         run.model.model_name_or_path,
+        "model_name_or_path",
         config=run.config,
         revision=run.model.model_revision,
-        dtype="float32",
         ignore_mismatched_sizes=run.config.num_labels != labels,  # the head starts anew, with a warning
     )
     if run.stage == "calibrate":
@@ -286,7 +344,7 @@ def _begin_calibration(run: Run, model: Any) -> None:
 
 def train_and_evaluate(
     run: Run,
-    trainer: Trainer,
+    trainer: FASTrainer,
     tokenizer: PreTrainedTokenizerBase,
     eval_splits: dict[str, AnyDataset],
 ) -> list[dict[str, Any]]:
@@ -295,7 +353,8 @@ def train_and_evaluate(
     model: Any = trainer.model
     summary: dict[str, Any] = {}
     if args.do_train:
-        checkpoint = checkpoint_to_resume(args)
+        trainer.run_settings = settings_of(run.model, run.data, args, model.config, trainer.train_dataset)
+        checkpoint = checkpoint_to_resume(args, trainer.run_settings)
         if args.should_save:
             (output_dir / RESULTS_FILE).unlink(missing_ok=True)
             if checkpoint is None and args.overwrite_output_dir:
@@ -307,6 +366,8 @@ def train_and_evaluate(
         trainer.save_state()
         if run.stage == "calibrate":
             _record_calibration(trainer, {"fine": describe_sites(model, _probe(trainer))})
+        if run.spiking and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            summary |= warn_after_training(trainer, _first_rows(trainer))
     if run.stage == "calibrate":
         model.set_timesteps(run.model.calib_T, schedule_to_train(model.config))
     if args.do_train:
@@ -337,8 +398,11 @@ def train_and_evaluate(
 
 def _probe(trainer: Any) -> dict[str, Any]:
     """The first rows of the training data as one batch, the same in every process."""
-    rows = [dict(row) for row in islice(trainer.train_dataset, COARSE_ROWS)]
-    return trainer._prepare_inputs(trainer.data_collator(rows))
+    return trainer._prepare_inputs(trainer.data_collator(_first_rows(trainer)))
+
+
+def _first_rows(trainer: Any) -> list[dict[str, Any]]:
+    return [dict(row) for row in islice(trainer.train_dataset, COARSE_ROWS)]
 
 
 def _record_calibration(trainer: Any, stages: dict[str, Any]) -> None:

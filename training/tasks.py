@@ -1,13 +1,14 @@
 """GLUE tasks and any own classification or regression data: columns, labels and inputs of the model."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import DataArguments
-from .data import columns_of, first, require_columns, require_split
+from .data import check_texts, columns_of, first, place, require_columns, require_split
 
 
 GLUE_COLUMNS = {
@@ -77,30 +78,42 @@ def find_task(splits: dict[str, Dataset], data: DataArguments, labels: list[str]
         require_columns(dataset, columns, "text_columns", split)
         require_columns(dataset, [data.label_column], "label_column", split)
 
+    for split, dataset in splits.items():
+        _check_one_label(dataset[data.label_column][:], data, split)
     values = {split: np.asarray(dataset[data.label_column][:]) for split, dataset in splits.items()}
     feature = next(iter(splits.values())).features[data.label_column]
     every = np.concatenate(list(values.values()))
     if data.task_name == "stsb" or (data.task_name is None and every.dtype.kind == "f"):
-        _check_values(values, STSB_RANGE if data.task_name == "stsb" else (-np.inf, np.inf))
+        _check_values(values, STSB_RANGE if data.task_name == "stsb" else (-np.inf, np.inf), data)
         return Task(columns, None, data.task_name or "regression", data.label_column)
     named = feature.names if isinstance(feature, ClassLabel) else None
     if named is None:
         named = labels or [str(value) for value in sorted(set(values.get("train", every).tolist()) - {None})]
-    _check_classes(values, named)
+    _check_classes(values, named, data)
     return Task(columns, list(named), data.task_name or "classification", data.label_column)
 
 
-def _check_values(values: dict[str, np.ndarray], bounds: tuple[float, float]) -> None:
+def _check_one_label(labels: list[Any], data: DataArguments, split: str) -> None:
+    """Raise for a row with several labels, or with none."""
+    for row, label in enumerate(labels):
+        if label is None or isinstance(label, list | dict):
+            raise ValueError(
+                f"`--label_column` must hold one label a row, got {label!r} in "
+                f"{place(data, split, row, data.label_column)}. --label_column names another one."
+            )
+
+
+def _check_values(values: dict[str, np.ndarray], bounds: tuple[float, float], data: DataArguments) -> None:
     for split, found in values.items():
         wrong = ~np.isfinite(found) | (found < bounds[0]) | (found > bounds[1])
         if wrong.any():
             raise ValueError(
                 f"`--label_column` must hold finite numbers from {bounds[0]} to {bounds[1]}, got "
-                f"{found[wrong].tolist()[0]} in row {int(wrong.argmax())} of split {split!r}."
+                f"{found[wrong].tolist()[0]} in {place(data, split, int(wrong.argmax()), data.label_column)}."
             )
 
 
-def _check_classes(values: dict[str, np.ndarray], names: list[str]) -> None:
+def _check_classes(values: dict[str, np.ndarray], names: list[str], data: DataArguments) -> None:
     """Raise unless every label is a class number, or a class name, of the `names`."""
     for split, found in values.items():
         if found.dtype.kind in "iub":
@@ -111,8 +124,9 @@ def _check_classes(values: dict[str, np.ndarray], names: list[str]) -> None:
             allowed = f"one of {', '.join(names)}"
         if wrong.any():
             raise ValueError(
-                f"`--label_column` must hold {allowed}, got {found[wrong].tolist()[0]!r} in row "
-                f"{int(wrong.argmax())} of split {split!r}. (The test splits of GLUE have no labels.)"
+                f"`--label_column` must hold {allowed}, got {found[wrong].tolist()[0]!r} in "
+                f"{place(data, split, int(wrong.argmax()), data.label_column)}. (The test splits of GLUE have no "
+                "labels.)"
             )
 
 
@@ -125,7 +139,9 @@ def encode(
     """
     padding = "max_length" if data.pad_to_max_length else False
 
-    def convert(batch: dict[str, list]) -> dict[str, list]:
+    def convert(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
+        for column in task.columns:
+            check_texts(batch[column], data, split, column, rows)
         texts = [batch[column] for column in task.columns]
         encoded = tokenizer(*texts, truncation=True, max_length=length, padding=padding)
         labels = batch[task.label_column]
@@ -137,6 +153,7 @@ def encode(
     encoded = dataset.map(
         convert,
         batched=True,
+        with_indices=True,
         remove_columns=dataset.column_names,
         num_proc=data.preprocessing_num_workers,
         desc=f"Tokenizing {split}",

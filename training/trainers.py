@@ -13,9 +13,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_fas import FASMixin
 
+from .arguments import check_number
 from .calibrate.loss import calibration_loss, freeze_for_calibration
-from .checkpoints import unmark, whole_or_nothing
+from .checkpoints import is_complete, last_complete, remove, rotate, whole_or_nothing
 from .publish.upload import PublishMixin
+from .results import write_json
+from .resume import RUN_FILE
 
 
 THRESHOLD_NAMES = ("threshold", "initial_potential", ".gain")
@@ -90,8 +93,37 @@ class _AfterEachStep(TrainerCallback):
             self.collator.epoch = int(state.epoch or 0)
 
     def on_optimizer_step(self, args, state, control, model: Any = None, **kwargs):
-        if model is not None and hasattr(model, "clamp_thresholds_"):
+        if model is None:
+            return
+        check_finite(args, state.global_step + 1, weights=_sum_of_weights(model))
+        if hasattr(model, "clamp_thresholds_"):
             model.clamp_thresholds_()
+
+
+def _sum_of_weights(model: nn.Module) -> torch.Tensor:
+    """A number that is finite if all weights that train are, on their device."""
+    return torch.stack([each.detach().float().sum() for each in model.parameters() if each.requires_grad]).sum()
+
+
+def check_finite(args: TrainingArguments, step: int, **numbers: torch.Tensor) -> None:
+    """Raise for a loss or weights, by name, that are no numbers any more.
+
+    Raises:
+        FloatingPointError: with the rates that may be to blame, and the checkpoint that is left.
+    """
+    for name, value in numbers.items():
+        if bool(value.isfinite()):
+            continue
+        threshold_rate = getattr(args, "threshold_learning_rate", None)
+        rates = str(args.learning_rate)
+        rates += "" if threshold_rate is None else f", --threshold_learning_rate {threshold_rate}"
+        last = last_complete(args.output_dir or "")
+        kept = "No checkpoint was saved before" if last is None else f"The last good checkpoint is {str(last)!r}"
+        raise FloatingPointError(
+            f"`--learning_rate` must let training stay finite, got {rates}: the {name} of step {step} "
+            f"{'are' if name == 'weights' else 'is'} {value.item()}. {kept}; nothing since was saved. Lower the "
+            "rates, or check the data and the model that it started from."
+        )
 
 
 class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
@@ -100,11 +132,18 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
     Thresholds and initial potentials have their own parameter group (own learning rate, no weight decay) and are kept
     positive after every step. Accumulated gradients are those of the large batch, also where stock heads average over
     each micro-batch. A model is saved whole or not at all, and a checkpoint has its `trainer_state.json`
-    only when all else of it is written.
+    only when all else of it is written. Training stops at the first loss or weight that is not finite.
 
     Args:
         threshold_learning_rate: Of that group; by default `args.threshold_learning_rate` or else `args.learning_rate`.
+
+    Raises:
+        ValueError: for a negative rate.
+        FloatingPointError: when training diverges; the last checkpoint is good.
     """
+
+    # What [`training.resume.settings_of`] says of the run: written into its checkpoints.
+    run_settings: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -118,6 +157,7 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
         if compute_loss_func is None and AVERAGING.search(type(model).__name__):
             compute_loss_func = batch_loss
         super().__init__(model, args, compute_loss_func=compute_loss_func, **kwargs)
+        check_number("threshold_learning_rate", threshold_learning_rate, 0)
         self.threshold_learning_rate = threshold_learning_rate
         self.add_callback(_AfterEachStep(self.data_collator))
 
@@ -154,12 +194,55 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
         with whole_or_nothing(Path(output_dir or self.args.output_dir)) as scratch:
             return super()._save(scratch, state_dict)
 
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        check_finite(self.args, self.state.global_step + 1, loss=loss)
+        return loss
+
     def _save_checkpoint(self, model, trial, *args, **kwargs):
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            unmark(folder)
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.is_dir():
+            remove(folder)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial, *args, **kwargs)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer deletes in no order
+        try:
+            if self.args.should_save and self.run_settings is not None:
+                write_json(folder / RUN_FILE, self.run_settings)
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            if not self.args.should_save or is_complete(folder):
+                raise
+            if folder.is_dir():
+                remove(folder)
+            raise OSError(
+                f"`--output_dir` must be a folder with room for checkpoints, got {str(run_dir)!r}: {error}. Those "
+                "before are whole. Free some space, or keep fewer with --save_total_limit, then resume."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate(run_dir, limit, kept=[folder, *([Path(best)] if best else [])])
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        """Load their states; `--allow_changed_resume` keeps the rates and the decay that are set now."""
+        if checkpoint is None or not getattr(self.args, "allow_changed_resume", False):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        names = ("initial_lr", "weight_decay", "betas", "eps")
+        wanted = [{name: group[name] for name in names if name in group} for group in self._groups()]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, settings in zip(self._groups(), wanted, strict=True):
+            before, rate = group["initial_lr"], settings["initial_lr"]
+            group["lr"] = group["lr"] * rate / before if before else rate
+            group.update(settings)
+        scheduler: Any = self.lr_scheduler
+        if hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [group["initial_lr"] for group in self._groups()]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        optimizer: Any = self.optimizer
+        return optimizer.param_groups
 
 
 class CountingTrainer(FASTrainer):

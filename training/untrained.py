@@ -5,7 +5,6 @@
 
 import argparse
 import logging
-import sys
 import textwrap
 import time
 from collections.abc import Sequence
@@ -18,9 +17,11 @@ from transformers import AutoTokenizer
 
 from configuration_fas import SCHEDULES, FASConfig
 
-from .arguments import FILE_TYPES, DataArguments, check_writable
+from .arguments import FILE_TYPES, DataArguments, check_writable, require_model_type
 from .calibrate.conversion import TOKENS, convert_and_report, summary
-from .data import load_raw, require_columns, text_column
+from .checkpoints import remove_scratch, whole_or_nothing
+from .commands import only_run
+from .data import check_texts, load_raw, require_columns, text_column
 from .evaluate import SpikeMonitor, energy_report, evaluate
 from .evaluate.examples import load_examples, windows
 from .evaluate.measurement import make_batches
@@ -47,6 +48,7 @@ the published method:
   --steps NAME …        only these steps of the recipe
   --flag value          for every step: all flags of `python -m training.run_clm --help` (or run_mlm, run_glue)
   --STEP.flag value     for one step
+  --debug               show the traceback of an error
   docs/training.md says more.
 """
 
@@ -136,6 +138,16 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     if Path(args.output_dir).resolve() == Path(args.model).resolve():
         raise ValueError(f"`--output_dir` must not be the folder of the stock model, got {args.output_dir!r}.")
     check_writable(args.output_dir)
+    with only_run(args.output_dir):
+        return _convert(args, texts, config, tokenizer, argv)
+
+
+def _convert(
+    args: argparse.Namespace, texts: list[str], config: Any, tokenizer: Any, argv: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Convert, save whole or not at all, judge; returns the rows."""
+    out = Path(args.output_dir)
+    remove_scratch(out)
     length = min(LENGTH, config.max_position_embeddings)
     calibration, left = split_texts(texts, tokenizer, config.table.causal, args.tokens, length, args.limit)
     start = time.perf_counter()
@@ -143,13 +155,15 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     settings = {name: getattr(args, name) for name in names}
     model, found = convert_and_report(args.model, calibration, tokenizer=tokenizer, length=length, **settings)
     seconds = time.perf_counter() - start
-    model.save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
+    (out / SUMMARY_FILE).unlink(missing_ok=True)  # of an earlier model
+    with whole_or_nothing(out) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
     rows, judged = judge(model, tokenizer, args, left, calibration)
     kinds = summary(model, found)
     configuration = {**vars(args), "judged_on": judged, "config": model.config.to_diff_dict()}
     write_results(
-        Path(args.output_dir) / SUMMARY_FILE,
+        out / SUMMARY_FILE,
         metrics={"rows": rows, "kinds": kinds, "sites": found, "conversion_seconds": seconds},
         configuration={**configuration, "weights_sha256": fingerprint(model)},
         command=["python", "-m", "training.convert", *argv],
@@ -170,11 +184,13 @@ def read_texts(path: str, column: str | None, name: str) -> list[str]:
     """
     _check_file(path, f"{name}_file")
     disable_progress_bar()
-    dataset: Any = load_raw(DataArguments(validation_file=path))["validation"]
+    data = DataArguments(validation_file=path)
+    dataset: Any = load_raw(data)["validation"]
     if column is not None:
         require_columns(dataset, [column], f"{name}_column", "of the file")
-    found = dataset[column or text_column(dataset, DataArguments(), "validation")]
-    texts = [text for text in found if isinstance(text, str) and text.strip()]
+    column = column or text_column(dataset, data, "validation")
+    check_texts(dataset[column], data, "validation", column, range(len(dataset)), f"{name}_column")
+    texts = [text for text in dataset[column] if text.strip()]
     if not texts:
         raise ValueError(f"`--{name}_file` must hold text, got none in {path!r}. --{name}_column names its column.")
     return texts
@@ -191,6 +207,7 @@ def _check_file(path: str, flag: str) -> None:
 
 def _config_and_tokenizer(source: str) -> tuple[FASConfig, Any]:
     try:
+        require_model_type(FASConfig.get_config_dict(source)[0])
         config = FASConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"`MODEL` must be a checkpoint that can spike, got {source!r}: {error}") from error
@@ -317,6 +334,7 @@ def _compared(model: Any, examples: Any, tokenizer: Any) -> list[dict[str, Any]]
     base = {"split": "validation", "spike_rate": None, "seconds": time.perf_counter() - start}
     stock = {"mode": "stock", "T": 0, "schedule": None, **base, "quality": {"output_error": 0.0}}
     spiking = {"mode": "spiking", "T": T, "schedule": schedule, **base, "spike_rate": monitor.spike_rate}
+    spiking |= monitor.silent_sites()
     spiking["quality"] = {"output_error": (error / max(norm, 1e-30)) ** 0.5}
     return _with_energy(model, stock, spiking, monitor.spike_rates())
 
@@ -348,26 +366,3 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(each in str(error).lower() for each in words)
-
-
-def run(argv: Sequence[str]) -> int:
-    """As [`main`], with messages for errors; returns the exit status."""
-    try:
-        main(argv)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"Not converted: {error}\n")
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        sys.stderr.write(
-            "Not converted: memory ran out. Fewer --tokens, a lower --limit or a smaller model need less.\n"
-        )
-        return 1
-    return 0

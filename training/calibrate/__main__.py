@@ -1,6 +1,8 @@
-from ..runner import show_messages
+import sys
+
+from ..commands import run_command, show_messages
 from .command import main
 
 
 show_messages()
-main()
+sys.exit(run_command(main, "Not calibrated"))

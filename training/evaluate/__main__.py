@@ -1,9 +1,7 @@
 import sys
 
+from ..commands import run_command
 from .command import main
 
 
-try:
-    main()
-except KeyboardInterrupt:
-    sys.exit(130)
+sys.exit(run_command(main, "Not measured"))

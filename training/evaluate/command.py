@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import modeling_fas
 from configuration_fas import SCHEDULES, FASConfig
 
-from ..arguments import check_writable
+from ..arguments import check_writable, require_model_type
+from ..commands import only_run
 from ..results import fingerprint, plain, read_results, write_results
 from ..shards import check_shards
-from .energy import AC_PJ, MAC_PJ
+from .energy import AC_PJ, MAC_PJ, check_prices
 from .examples import load_examples
 from .measurement import check_timesteps, evaluate
 from .report import write_report
@@ -35,7 +37,11 @@ MEASURED = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="--debug shows the traceback of an error.",
+    )
     add = parser.add_argument
     add("checkpoint", help="FAS causal language model, classifier or regressor: a folder, or a name on the Hub")
     add("--stock", help="the model before conversion, to compare with")
@@ -75,6 +81,7 @@ def load_models(args: argparse.Namespace) -> tuple[Any, Any]:
     """
     try:
         config, _ = FASConfig.get_config_dict(args.checkpoint)
+        require_model_type(config)
     except (OSError, ValueError) as error:
         raise ValueError(f"`checkpoint` must be a FAS checkpoint, got {args.checkpoint!r}: {error}") from error
     kind, architecture = config.get("model_type"), (config.get("architectures") or [None])[0]
@@ -111,7 +118,7 @@ def _load(model_class: Any, source: str, flag: str) -> Any:
     check_shards(source)
     try:
         model, info = model_class.from_pretrained(source, dtype="float32", output_loading_info=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"`{flag}` must be a checkpoint that can be read, got {source!r}: {error}") from error
     if info["missing_keys"]:
         raise ValueError(f"`{flag}` must hold all weights, got {source!r} without {sorted(info['missing_keys'])[:3]}.")
@@ -122,7 +129,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure a checkpoint, write the results as they come, and the report at the end; returns the results."""
     args = parse_arguments(argv)
     check_timesteps(args.T)
+    check_prices(args.mac_pj, args.ac_pj)
     check_writable(args.output_dir)
+    with only_run(args.output_dir):
+        return _measured(args, argv)
+
+
+def _measured(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Measure as checked arguments say; returns the results."""
     model, stock = load_models(args)
     tokenizer = load_tokenizer(args.checkpoint)
     examples = load_examples(args, model, tokenizer)

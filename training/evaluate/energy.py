@@ -6,6 +6,7 @@ only where its input is binary spikes, that is after a neuron site: `effective_a
 schedules. All other products are MACs, once per time they run.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -187,6 +188,14 @@ def total(operations: Iterable[Operations], mac_pj: float = MAC_PJ, ac_pj: float
     return sums | {"energy_pj": float(sum(each.energy_pj(mac_pj, ac_pj) for each in operations))}
 
 
+def check_prices(mac_pj: float, ac_pj: float) -> None:
+    """Raise for prices that make no ratio."""
+    if not (0 < mac_pj < math.inf and 0 <= ac_pj < math.inf):
+        raise ValueError(
+            f"`mac_pj` must be a finite number above 0, and `ac_pj` one of at least 0, got {mac_pj} and {ac_pj}."
+        )
+
+
 def energy_report(
     model: nn.Module,
     length: float,
@@ -215,8 +224,7 @@ def energy_report(
         point, `floating_point`, and `ratio_with_floating_point`: the ratio with every such operation, of both
         networks, billed as a MAC.
     """
-    if mac_pj < 0 or ac_pj < 0:
-        raise ValueError(f"`mac_pj` and `ac_pj` must not be negative, got {mac_pj} and {ac_pj}.")
+    check_prices(mac_pj, ac_pj)
     length_settings: dict[str, Any] = {"past": past, "causal": causal}
 
     def energy(execution: str, **shares: Any) -> tuple[list[Operations], dict[str, float]]:

@@ -3,13 +3,12 @@
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from configuration_fas import positions_of
 
 from ..arguments import DataArguments
-from ..data import first, load_raw, require_split, text_column
+from ..data import check_texts, first, load_raw, require_split, text_column
 from ..layout import predicts_next
 from ..tasks import check_task_name, encode, find_task
 from .rows import PERPLEXITY
@@ -30,8 +29,6 @@ def load_examples(args: Namespace, model: Any, tokenizer: Any) -> Examples:
     names = ("task_name", "dataset_name", "dataset_config_name", "validation_file", "eval_split", "text_columns")
     data = DataArguments(**{name: getattr(args, name) for name in (*names, "label_column", "add_eos")})
     data.check("evaluate", do_train=False, do_eval=True)
-    if data.validation_file and not Path(data.validation_file).stat().st_size:
-        raise ValueError(f"`--validation_file` must hold rows, got the empty file {data.validation_file!r}.")
     dataset: Any = require_split(load_raw(data), args.eval_split)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"`--limit` must be at least 1, got {args.limit}.")
@@ -46,6 +43,7 @@ def load_examples(args: Namespace, model: Any, tokenizer: Any) -> Examples:
                 f"got {window} and {stride}."
             )
         column = text_column(dataset, data, args.eval_split)
+        check_texts(dataset[column], data, args.eval_split, column, range(len(dataset)))
         ending = tokenizer.eos_token if args.add_eos else ""
         rows = windows((text + ending for text in dataset[column] if text), tokenizer, window, stride, args.limit)
         return Examples(

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from configuration_fas import MOST_TIMESTEPS
+
 from ..layout import auto_class, predicts_next
 from ..metrics import METRICS
 from .energy import AC_PJ, MAC_PJ, energy_report
-from .monitors import SiteErrors, SpikeMonitor
+from .monitors import SiteErrors, SpikeMonitor, warn_of_silent_sites
 from .rows import PERPLEXITY, Mode, modes, quality_of, schedules_of
 
 
@@ -234,6 +236,8 @@ def _measure(
         row["sites"] = [
             {"site": name, **site.summary(), "error": relative.get(name)} for name, site in monitor.sites.items()
         ]
+        row |= monitor.silent_sites()
+        warn_of_silent_sites(row, str(mode))
     return row | {"seconds": time.perf_counter() - start}
 
 
@@ -259,7 +263,7 @@ def _check(model: Any, examples: Any, metric: str, timesteps: Any, schedules: An
     if metric not in ([PERPLEXITY] if causal else METRICS):
         known = PERPLEXITY if causal else ", ".join(METRICS)
         raise ValueError(f"`metric` must be one of {known} for {type(model).__name__}, got {metric!r}.")
-    check_timesteps(timesteps)
+    check_timesteps(timesteps, MOST_TIMESTEPS[model.config.code])
     allowed = model.config.schedules
     if schedules is not None and (not schedules or any(schedule not in allowed for schedule in schedules)):
         raise ValueError(f"`schedules` must be some of {', '.join(allowed)}, got {list(schedules)}.")
@@ -271,15 +275,27 @@ def _check(model: Any, examples: Any, metric: str, timesteps: Any, schedules: An
         missing = [name for name in ("input_ids", "labels") if example.get(name) is None]
         if missing:
             raise ValueError(f"`examples` must all have `input_ids` and `labels`, got number {i} without {missing}.")
+        _check_range("input_ids", example["input_ids"], model.config.vocab_size, i)
+        if causal or model.config.num_labels > 1:
+            labels = [label for label in example["labels"] if label != -100] if causal else [example["labels"]]
+            _check_range("labels", labels, model.config.vocab_size if causal else model.config.num_labels, i)
 
 
-def check_timesteps(timesteps: Sequence[int]) -> None:
-    """Raise unless all are at least 1, and different."""
+def _check_range(name: str, values: Sequence[int], most: int, number: int) -> None:
+    wrong = [value for value in values if not 0 <= value < most]
+    if wrong:
+        raise ValueError(f"`{name}` must be from 0 to {most - 1}, got {wrong[0]} in example {number}.")
+
+
+def check_timesteps(timesteps: Sequence[int], most: int | None = None) -> None:
+    """Raise unless all are at least 1, at most what a code has, and different."""
     if not timesteps or any(not isinstance(T, int) or T < 1 for T in timesteps) or len({*timesteps}) < len(timesteps):
         raise ValueError(
             f"`timesteps` must be different integers of at least 1, got {list(timesteps)}. "
             "The QCFS ANN (T = 0) is always measured."
         )
+    if most is not None and max(timesteps) > most:
+        raise ValueError(f"`timesteps` must be at most {most}, got {max(timesteps)}. Fewer do: 4 to 8, as a rule.")
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Streaming statistics of neuron sites: spikes per neuron, and errors against the ANN, around any call of a model."""
 
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from sites_fas import trunk
 
 from ..layout import core_of, pooled
 
+
+logger = logging.getLogger(__name__)
 
 # Values handled at a time: what a monitor needs beside its counts, four bytes each.
 CHUNK = {"cpu": 2**20, "cuda": 2**24}
@@ -70,6 +73,35 @@ class SiteStatistics:
             "saturated": int((rates > SATURATED_RATE).sum()),
             "histogram": torch.bincount(bins, minlength=len(RATE_BINS)).tolist(),
         }
+
+
+def silent_sites(sites: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Names of the sites whose neurons are all dead, and all saturated, as a row of results has them.
+
+    Args:
+        sites: With `site`, `neurons`, `dead` and `saturated`, as rows have them.
+    """
+    found = list(sites)
+    return {
+        f"{kind}_sites": [each["site"] for each in found if each[kind] == each["neurons"]]
+        for kind in ("dead", "saturated")
+    }
+
+
+def warn_of_silent_sites(found: Mapping[str, list[str]], where: str) -> None:
+    """Warn of sites that say the same whatever they are given.
+
+    Args:
+        found: From [`silent_sites`].
+        where: What ran, such as `"stepwise T = 4"`.
+    """
+    for kind, meaning in (("dead", "no neuron ever fires"), ("saturated", "every neuron fires all the time")):
+        names = found[f"{kind}_sites"]
+        if names:
+            logger.warning(
+                f"{where}: {meaning} in {', '.join(names)}. What follows learns nothing from the input there. Train "
+                "with a lower --threshold_learning_rate, or another --initial_threshold."
+            )
 
 
 class _SiteHooks:
@@ -154,6 +186,11 @@ class SpikeMonitor(_SiteHooks):
         """Spikes of all neurons, and how many there could have been: one a neuron and timestep."""
         sites = self.sites.values()
         return sum(site.spikes.sum().item() for site in sites), sum(site.steps * len(site.spikes) for site in sites)
+
+    def silent_sites(self) -> dict[str, list[str]]:
+        """Names of the sites whose neurons are all dead, and all saturated; sites that encode nothing are neither."""
+        counted = [(name, site) for name, site in self.sites.items() if site.steps]
+        return silent_sites({"site": name, **site.summary()} for name, site in counted)
 
     def spike_rates(self) -> dict[str, float]:
         """Spike rate of each site."""

@@ -268,6 +268,10 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
         f"Machine: {hardware['processor']}, {hardware['threads']} threads; torch {versions.get('torch')}, "
         f"transformers {versions.get('transformers')}; {results['date']}; commit {results['commit']}."
     )
+    for kind in ("dead", "saturated"):
+        for row in results["metrics"]["rows"]:
+            if row.get(f"{kind}_sites"):
+                lines.append(f"All neurons are {kind}, {_name(row)}: {', '.join(row[f'{kind}_sites'])}.")
     if results.get("status") != "complete":
         lines.append("Partial: the run was interrupted, rows are missing.")
     return lines

@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 
 from ..data import AnyDataset
-from .monitors import SpikeMonitor
+from .monitors import SpikeMonitor, warn_of_silent_sites
 from .rows import modes, schedules_of
 
 
@@ -38,7 +38,7 @@ def evaluate_trainer(
     for mode in modes(timesteps, schedules_of(model) if fas else (), stock=not fas, fas=fas):
         for split, dataset in splits.items():
             start = time.perf_counter()
-            with mode.of(model, stock=model), SpikeMonitor(model) if mode.T else nullcontext() as monitor:
+            with mode.of(model, stock=model), SpikeMonitor(model) if fas else nullcontext() as monitor:
                 measured = trainer.evaluate(dataset, metric_key_prefix="eval")
             row = {
                 **mode.row(),
@@ -48,16 +48,45 @@ def evaluate_trainer(
                     for name, value in measured.items()
                     if name.startswith("eval_") and not name.endswith(_TIMING)
                 },
-                "spike_rate": _spike_rate(monitor, trainer) if monitor else None,
+                "spike_rate": None,
                 "seconds": time.perf_counter() - start,
             }
+            if monitor:
+                _join(monitor, trainer)
+                row["spike_rate"] = monitor.spike_rate if mode.T else None
+                row |= monitor.silent_sites()
+                if trainer.args.should_save:
+                    warn_of_silent_sites(row, f"{mode}, {split}")
             rows.append(row)
             logger.info(f"evaluation: {row}")
     return rows
 
 
-def _spike_rate(monitor: SpikeMonitor, trainer: Trainer) -> float:
-    """Spikes per neuron and timestep, over all neurons of all sites, in all processes."""
-    counts = torch.tensor(monitor.counts(), dtype=torch.float64, device=trainer.args.device)
-    spikes, chances = trainer.accelerator.reduce(counts, "sum").tolist()
-    return spikes / max(chances, 1)
+def warn_after_training(trainer: Trainer, rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Warn of sites that rows of data leave dead or saturated, as the model runs now; returns their names.
+
+    Args:
+        trainer: Whose model was trained.
+        rows: For its collator; they run in batches of the size that it trains with.
+    """
+    model: Any = trainer.model
+    training, size = model.training, trainer.args.per_device_train_batch_size
+    with SpikeMonitor(model.eval()) as monitor, torch.no_grad():
+        for start in range(0, len(rows), size):
+            batch = trainer._prepare_inputs(trainer.data_collator(list(rows[start : start + size])))
+            model(**{name: value for name, value in batch.items() if name != "labels"})
+    model.train(training)
+    found = monitor.silent_sites()
+    if trainer.args.should_save:
+        warn_of_silent_sites(found, "After training")
+    return found
+
+
+def _join(monitor: SpikeMonitor, trainer: Trainer) -> None:
+    """Add up what the monitors of all processes counted."""
+    sites = monitor.sites.values()
+    if trainer.args.world_size > 1:
+        counts = torch.cat([torch.cat([each.spikes, each.spikes.new_tensor([each.steps])]) for each in sites])
+        parts = trainer.accelerator.reduce(counts, "sum").split([len(each.spikes) + 1 for each in sites])
+        for each, part in zip(sites, parts, strict=True):
+            each.spikes, each.steps = part[:-1], int(part[-1])
