@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_fas import FASBertForSequenceClassification
+from training.calibrate.conversion import _loaded
 from training.evaluate.command import _load
+from training.runner import _read_weights
 from training.shards import check_shards, is_plain_name
 
 
@@ -26,8 +28,10 @@ def test_an_index_that_names_anything_else_is_refused_though_transformers_reads_
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     if name in ("x.bin", "../outside.safetensors"):
         FASBertForSequenceClassification.from_pretrained(folder)
-    for refusing in (check_shards, lambda source: _load(FASBertForSequenceClassification, source, "checkpoint")):
-        refused(refusing, folder)
+    refused(check_shards, folder)
+    for load in (_load, _read_weights):
+        refused(lambda source: load(FASBertForSequenceClassification, source, "checkpoint"), folder)
+    refused(lambda source: _loaded(source, None, FASBertForSequenceClassification), folder)
 
 
 def refused(refusing, folder):

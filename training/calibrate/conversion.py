@@ -17,6 +17,7 @@ from neurons_fas import spike_count
 from sites_fas import FASNeuron
 
 from ..layout import auto_class, pooled, products, sites
+from ..shards import check_shards
 
 
 logger = logging.getLogger(__name__)
@@ -147,6 +148,7 @@ def _config_of(stock: Any) -> FASConfig:
 
 
 def _loaded(source: Any, config: FASConfig, model_class: Any) -> Any:
+    check_shards(source)
     verbosity = logging_of_transformers.get_verbosity()
     logging_of_transformers.set_verbosity_error()  # its report of what is missing would name every new threshold
     try:
