@@ -569,8 +569,7 @@ class Time:
         """Average over time all that has T·B rows, the output named `but` excepted."""
         inputs: Any = _inputs(args, kwargs)
         cache = _cache(outputs if isinstance(outputs, tuple) else outputs.values())
-        new = cache is not None and not hasattr(cache, "made_by")
-        if new and not torch.compiler.is_compiling():
+        if cache is not None and not torch.compiler.is_compiling() and not hasattr(cache, "made_by"):
             self.take_cache(cache, len(inputs))
         if self.steps == 1:
             return None
