@@ -5,6 +5,7 @@ an entry of `BACKBONES` and a configuration class here, and its classes there.
 """
 
 import math
+import threading
 from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -28,6 +29,9 @@ from transformers.utils import logging
 __version__ = "0.2.0"
 
 logger = logging.get_logger(__name__)
+
+# State of the calls that run in this thread. A plain `threading.local`: a compiler looks into no class made from it.
+here = threading.local()
 
 
 @dataclass(frozen=True)
@@ -363,6 +367,7 @@ _CHOICES = {
 }
 # Most timesteps; the levels of a phase code double with each.
 MOST_TIMESTEPS = {"rate": 32, "phase": 16, "first_spike": 32}
+MOST_LEVELS = 1 << 16
 _DEFAULTS: dict[str, Any] = {
     "L": 8,
     "T": 0,
@@ -415,6 +420,30 @@ def _checked(name: str, value: Any) -> Any:
     return float(value)
 
 
+def running(config: Any) -> dict[str, Any] | None:
+    """What holds for a configuration in this thread for a while, in place of its own values; None: nothing."""
+    for each, settings in reversed(getattr(here, "running", ())):
+        if each is config:
+            return settings
+    return None
+
+
+def _for_a_while(name: str) -> property:
+    """A setting that a thread can have a value of its own for; what is saved is that of all threads."""
+
+    def get(config: Any) -> Any:
+        own = running(config)
+        if own is None and name not in vars(config):
+            raise AttributeError(f"{type(config).__name__!r} object has no attribute {name!r}")
+        return (vars(config) if own is None else own)[name]
+
+    def put(config: Any, value: Any) -> None:
+        own = running(config)
+        (vars(config) if own is None else own)[name] = value
+
+    return property(get, put)
+
+
 class FASConfig(PretrainedConfig):
     """Configuration of a spiking language model; builds the one of its backbone, a key of `BACKBONES`.
 
@@ -456,6 +485,8 @@ class FASConfig(PretrainedConfig):
 
     model_type = "fas"
     backbone = ""
+    T = _for_a_while("T")
+    schedule = _for_a_while("schedule")
     _stock_class: ClassVar[Any] = None
     # Settings whose name the stock configuration has for something else, with the name they get there.
     _renamed: ClassVar[dict[str, str]] = {}
@@ -466,7 +497,7 @@ class FASConfig(PretrainedConfig):
     def __init__(self, **kwargs):
         backbone = kwargs.pop("backbone", self.backbone)
         model_type = kwargs.pop("model_type", self.model_type)
-        kwargs.pop("fas_version", None)
+        self._warn_about_newer(kwargs.pop("fas_version", None))
         self.fas_version = __version__  # of the code that runs, hence of the code files saved beside it
         if self.backbone and (backbone != self.backbone or not self._reads(model_type)):
             raise ValueError(
@@ -483,6 +514,7 @@ class FASConfig(PretrainedConfig):
             self.auto_map = {"AutoConfig": f"configuration_fas.{type(self).__name__}"} | {
                 auto: f"modeling_fas.{model}" for auto, model in table.models.items()
             }
+            _show_architectures(table)
 
     @property
     def table(self) -> Backbone:
@@ -507,9 +539,19 @@ class FASConfig(PretrainedConfig):
         """
         replaced = any(site.at == "activation" for part in self.placed for site in part)
         most = MOST_TIMESTEPS[self.code]
-        if most < self.T:
+        for name in ("T", "calib_T"):
+            value = getattr(self, name) or 0
+            if most < value:
+                raise ValueError(
+                    f"`{name}` must be at most {most} with code {self.code!r}, got {value}. Fewer do: 4 to 8, as "
+                    "a rule."
+                )
+        if (self.L or 0) > MOST_LEVELS:
+            raise ValueError(f"`L` must be at most {MOST_LEVELS}, got {self.L}. Fewer do: 8 to 16, as a rule.")
+        if self.table.positions is not None and positions_of(self) < (self.calib_length or 0):
             raise ValueError(
-                f"`T` must be at most {most} with code {self.code!r}, got {self.T}. Fewer do: 4 to 8, as a rule."
+                f"`calib_length` must be at most the {positions_of(self)} positions of the model, got "
+                f"{self.calib_length}."
             )
         activation = getattr(self, self._renamed.get("activation", "activation"))
         if self.sites == "mlp" and activation == "stock" and replaced:
@@ -556,6 +598,17 @@ class FASConfig(PretrainedConfig):
     @classmethod
     def _reads(cls, model_type: str | None) -> bool:
         return model_type in (cls.backbone, cls.model_type)
+
+    @staticmethod
+    def _warn_about_newer(version: Any) -> None:
+        """Warn where a newer version than this wrote a configuration: what it has added is not known here."""
+        numbers = [[int(part) for part in str(each).split(".") if part.isdigit()] for each in (version, __version__)]
+        if numbers[0] > numbers[1]:
+            logger.warning(
+                f"`fas_version` must be at most {__version__}, that of the code at hand, got {version}: the "
+                "checkpoint may run otherwise here than where it was saved. Update this project, or load "
+                "the checkpoint with its own code (`trust_remote_code=True`, where this project is not imported)."
+            )
 
     def _warn_about_unknown_keys(self, kwargs: dict[str, Any], from_file: bool) -> None:
         """Warn about every unknown key that was written by hand, and in a file about those close to one of ours.
@@ -703,6 +756,14 @@ CONFIGURATIONS: tuple[type[FASConfig], ...] = (
 def positions_of(config: Any) -> int:
     """Tokens that a model of the table has positions for, from its configuration, stock or FAS."""
     return config.max_position_embeddings + (BACKBONES[config.model_type.removeprefix("fas_")].positions or 0)
+
+
+def _show_architectures(table: Backbone) -> None:
+    """Let transformers find architectures in itself, as its pipelines and its server do: what loads any version."""
+    import transformers  # at every call, since it may make itself anew when a part of it is imported
+
+    for auto_class, name in table.models.items():
+        setattr(transformers, name, getattr(transformers, auto_class))
 
 
 def _config_class(config_dict: dict[str, Any]) -> type[FASConfig]:

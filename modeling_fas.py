@@ -8,25 +8,52 @@ Source of the method: Chen et al. 2025 (arXiv 2502.04405).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import logging
 
 
 try:
-    from .configuration_fas import BACKBONES, CONFIGURATIONS, __version__  # type: ignore[import-not-found]
+    from .configuration_fas import BACKBONES, CONFIGURATIONS, __version__, running  # type: ignore[import-not-found]
     from .neurons_fas import MIN_THRESHOLD  # type: ignore[import-not-found]
-    from .sites_fas import FASNeuron, Time, carry_time, forget_positions, place_sites, sync  # type: ignore[import-not-found]
+    from .sites_fas import (  # type: ignore[import-not-found]
+        FASNeuron,
+        Time,
+        at_every_timestep,
+        carry_time,
+        check_range,
+        checkpoint_call,
+        forget_positions,
+        place_sites,
+        state,
+        sync,
+    )
 except ImportError:
-    from configuration_fas import BACKBONES, CONFIGURATIONS, __version__
+    from configuration_fas import BACKBONES, CONFIGURATIONS, __version__, running
     from neurons_fas import MIN_THRESHOLD
-    from sites_fas import FASNeuron, Time, carry_time, forget_positions, place_sites, sync
+    from sites_fas import (
+        FASNeuron,
+        Time,
+        at_every_timestep,
+        carry_time,
+        check_range,
+        checkpoint_call,
+        forget_positions,
+        place_sites,
+        state,
+        sync,
+    )
 
+
+logger = logging.get_logger(__name__)
 
 __all__ = ["FASMixin", "__version__"]  # and all models of the table
 
@@ -56,11 +83,12 @@ class FASMixin(PreTrainedModel):
         if getattr(config, "layerdrop", 0.0):
             raise ValueError(f"`layerdrop` must be 0: every block holds neurons, got {config.layerdrop}.")
         self._synced = None
-        self._time = Time(config)
         config.check()
         place_sites(self)
+        self._time = Time(config, [neuron for _, neuron in self.neurons()])
         carry_time(self, self._time)
         self.register_forward_pre_hook(sync)
+        self.register_forward_pre_hook(_check_labels, with_kwargs=True)
         self.register_forward_hook(forget_positions)
         if isinstance(self, GenerationMixin):
             self.loss_type = "ForCausalLM"
@@ -93,34 +121,56 @@ class FASMixin(PreTrainedModel):
         except ValueError:
             self.config.T, self.config.schedule = before
             raise
+        if running(self.config) is None:
+            self._time.set_here()
+            if T and self.config.calib_T not in (None, T):
+                logger.warning_once(
+                    f"`T` should be {self.config.calib_T}, which this model is calibrated for, or 0, got {T}: its "
+                    "fine thresholds may do worse there than none. Calibrate for the T that is to run."
+                )
         return self
 
     @contextmanager
-    def running(self, T: int, schedule: str | None = None) -> Iterator[Any]:
-        """As [`set_timesteps`], for the duration of a `with` block, whatever happens in it."""
-        before = self.config.T, self.config.schedule
-        self.set_timesteps(T, schedule)
+    def running(self, T: int, schedule: str | None = None, **more: Any) -> Iterator[Any]:
+        """As [`set_timesteps`], for the duration of a `with` block, whatever happens in it, in this thread only."""
         try:
-            yield self
+            with state(self.config, T=self.config.T, schedule=self.config.schedule, **more):
+                yield self.set_timesteps(T, schedule)
         finally:
-            self.set_timesteps(*before)
+            sync(self)
+
+    def __call__(self, *args, **kwargs):
+        if torch.compiler.is_compiling() or running(self.config) is not None:
+            return super().__call__(*args, **kwargs)
+        self._time.check_thread()
+        settings = vars(self).get("_replicated") or {"T": self.config.T, "schedule": self.config.schedule}
+        with state(self.config, **settings):  # another thread may set the model meanwhile
+            return super().__call__(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica._replicated = running(self.config)  # it runs in a thread of its own
+        return replica
 
     def early_exit(self, T: int, schedule: str = "stepwise", **inputs: torch.Tensor) -> torch.Tensor:
         """Logits of the first 1, 2 … T timesteps of one run, `(T, B, …)`; the last are those of T.
 
         Args:
-            T (`int`): timesteps.
+            T (`int`): timesteps, at least 1.
             schedule (`str`, defaults to `"stepwise"`): or `"accumulated"`; layerwise there is nothing to exit from.
             **inputs: of the model, by name; `labels` are dropped.
+
+        Raises:
+            ValueError: for a value the configuration refuses, T = 0 or the layerwise schedule.
         """
-        repeated = {name: value.repeat(T, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
-        repeated.pop("labels", None)
-        with self.running(T, schedule):
-            self._time.every_step = True
-            try:
-                return self(**repeated, return_dict=True).logits.unflatten(0, (T, -1))
-            finally:
-                self._time.every_step = False
+        if schedule == "layerwise":
+            raise ValueError("`schedule` must be 'stepwise' or 'accumulated' to exit early, got 'layerwise'.")
+        if T == 0:
+            raise ValueError("`T` must be at least 1 to exit early, got 0.")
+        with self.running(T, schedule, every_step=True):
+            repeated = {name: value.repeat(T, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
+            repeated.pop("labels", None)
+            return self(**repeated, return_dict=True).logits.unflatten(0, (T, -1))
 
     def begin_calibration(self, T: int, granularity: str = "neuron", length: int | None = None):
         """Give every site fine thresholds equal to its threshold and initial potentials of 1/2; returns the model.
@@ -148,11 +198,27 @@ class FASMixin(PreTrainedModel):
                 f"`granularity` must be 'neuron' or 'layer' for {config.table.title}, whose blocks flatten positions, "
                 "got 'position'."
             )
-        config.granularity = granularity
-        config.calib_T = T
-        config.calib_length = length if granularity == "position" else None
-        for _, neuron in self.neurons():
-            neuron.refine(granularity, length)
+        wanted = {
+            "granularity": granularity,
+            "calib_T": T,
+            "calib_length": length if granularity == "position" else None,
+        }
+        before = {name: getattr(config, name) for name in wanted}
+        neurons = [neuron for _, neuron in self.neurons()]
+        fine = [(each.refined, each.fine_threshold, each.initial_potential) for each in neurons]
+        try:
+            for name, value in wanted.items():
+                setattr(config, name, value)
+            config.check()
+            for neuron in neurons:
+                neuron.refine(granularity, length)
+            self._time.calibrations += 1
+        except (ValueError, RuntimeError, TypeError):
+            for name, value in before.items():
+                setattr(config, name, value)
+            for neuron, (refined, threshold, potential) in zip(neurons, fine, strict=True):
+                neuron.refined, neuron.fine_threshold, neuron.initial_potential = refined, threshold, potential
+            raise
         return self
 
     @torch.no_grad()
@@ -166,6 +232,7 @@ class FASMixin(PreTrainedModel):
                 neuron.gain.clamp_(min=MIN_THRESHOLD)
 
     def save_pretrained(self, *args, **kwargs):
+        sync(self)
         self.clamp_thresholds_()
         if not kwargs.setdefault("safe_serialization", True):
             raise ValueError("`safe_serialization` must be True: weights are written as safetensors only, got False.")
@@ -175,8 +242,11 @@ class FASMixin(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         if kwargs.setdefault("use_safetensors", True) is False:
             raise ValueError("`use_safetensors` must be True: pickled weights can run code and are not read.")
+        with_report = kwargs.pop("output_loading_info", False)
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         except Exception as error:
             if type(error).__name__ != "SafetensorError":  # safetensors itself may not be imported here
                 raise
@@ -184,7 +254,8 @@ class FASMixin(PreTrainedModel):
                 f"`model.safetensors` of {str(pretrained_model_name_or_path)!r} is truncated or damaged: {error}. "
                 "Download or save it again."
             ) from error
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model, report = loaded
+        model._refine_missing([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
         for name, parameter in model.named_parameters():
             if name.endswith(("threshold", "initial_potential", ".gain")) and not parameter.is_meta:
                 valid = parameter.isfinite() & ((parameter > 0) | name.endswith("initial_potential"))
@@ -194,7 +265,27 @@ class FASMixin(PreTrainedModel):
                         f"the checkpoint {str(pretrained_model_name_or_path)!r}. Such a network divides by zero or "
                         "fires all the time: train it again, or set the value to a positive one."
                     )
-        return loaded
+        return (model, report) if with_report else model
+
+    @torch.no_grad()
+    def _refine_missing(self, missing: Any) -> None:
+        """Give fine thresholds that a checkpoint lacks the value of their site's own threshold."""
+        lacking = sorted(name for name in missing if name.endswith(("fine_threshold", "initial_potential")))
+        for name in lacking:
+            neuron: Any = self.get_submodule(name.rpartition(".")[0])
+            if name.endswith("fine_threshold"):
+                neuron.fine_threshold.copy_(neuron.threshold)
+        if lacking:
+            logger.warning(
+                f"The checkpoint must hold fine thresholds for `calib_T` = {self.config.calib_T}, but lacks "
+                f"{', '.join(lacking)}: these sites take their own threshold, and potentials of 1/2. Calibrate again."
+            )
+
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs
+    ) -> None:
+        in_call = functools.partial(checkpoint_call, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, in_call, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -203,11 +294,25 @@ class FASMixin(PreTrainedModel):
 
     def _reorder_cache(self, past_key_values, beam_idx):
         """Reorder the rows of a cache by beam; after the first attention they come T times, time-major."""
-        beams = beam_idx.shape[0]
         for layer in past_key_values.layers:
-            first = torch.arange(0, layer.keys.shape[0], beams, device=beam_idx.device)
-            layer.reorder_cache((first[:, None] + beam_idx).flatten())
+            layer.reorder_cache(at_every_timestep(beam_idx, len(beam_idx), len(layer.keys)))
         return past_key_values
+
+
+def _check_labels(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise for labels that are no class of a head; -100 stands for none."""
+    labels, config, ids = kwargs.get("labels"), model.config, kwargs.get("input_ids", *args[:1])
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or torch.compiler.is_compiling():
+        return
+    if model.get_output_embeddings() is not None:
+        count, what = config.vocab_size, "tokens of the vocabulary (-100: none)"
+    elif isinstance(ids, torch.Tensor) and ids.dim() == 3:
+        count, what = ids.shape[1], "choices"
+    elif config.num_labels > 1 and config.problem_type in (None, "single_label_classification"):
+        count, what = config.num_labels, "labels of the head (-100: none)"
+    else:
+        return
+    check_range("labels", labels[labels != -100], count, what)
 
 
 class _FASPooledMixin(FASMixin):

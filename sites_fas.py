@@ -7,17 +7,17 @@ timesteps (leading), `B` batch, `S` sequence, `D` neurons.
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, Cache, PreTrainedModel
 
 
 try:
-    from .configuration_fas import Site  # type: ignore[import-not-found]
+    from .configuration_fas import Site, here, positions_of, running  # type: ignore[import-not-found]
     from .neurons_fas import (  # type: ignore[import-not-found]
         MIN_THRESHOLD,
         encode,
@@ -27,17 +27,13 @@ try:
         spike_train,
     )
 except ImportError:
-    from configuration_fas import Site
+    from configuration_fas import Site, here, positions_of, running
     from neurons_fas import MIN_THRESHOLD, encode, integrate_and_fire, spike_count, spike_rate, spike_train
 
 
-class _Call(threading.local):
-    """Of the call that runs in this thread: the positions of its tokens, `(B, S)` or a slice; None: the first ones."""
-
-    positions: Any = None
-
-
-call = _Call()
+call = (
+    here  # `positions` of the tokens of the call that runs in this thread, `(B, S)` or a slice; None: the first ones
+)
 
 
 class FASNeuron(nn.Module):
@@ -45,8 +41,8 @@ class FASNeuron(nn.Module):
 
     Holds `threshold` of shape `(1,)`; once calibrated `fine_threshold` and `initial_potential` (a fraction of the
     threshold), of shape `(1,)`, `(D,)` or `(S, D)` by granularity, which take its place at T > 0; with gain `"token"`
-    also `gain`, `(1,)`. No state survives a call. The model keeps `L`, `T`, `schedule`, `code` and `code_base` as its
-    configuration says.
+    also `gain`, `(1,)`. No state survives a call. `L`, `T`, `schedule`, `code` and `code_base` are those of the
+    configuration.
 
     Args:
         config ([`FASConfig`])
@@ -58,33 +54,40 @@ class FASNeuron(nn.Module):
         super().__init__()
         site = Site("", feeds="") if site is None else site
         self.width, self.signed = width, site.signed
+        self.foldable = bool(site.targets) or site.feeds == ""
         self.per_position, self.after_time = site.per_position, site.after_time
         self.initial_threshold = config.initial_threshold
-        self.follow(config)
+        self.config = config
         # What follows holds the threshold: emit spikes, not threshold · spikes.
-        self.folded = config.folded and (bool(site.targets) or site.feeds == "")
+        self.folded = config.folded and self.foldable
         self.threshold = nn.Parameter(torch.full((1,), config.initial_threshold))
         self.register_parameter("fine_threshold", None)
         self.register_parameter("initial_potential", None)
+        self.refined: tuple[int, ...] | None = None
         self.gain: nn.Parameter | None
         self.register_parameter("gain", nn.Parameter(torch.ones(1)) if config.gain == "token" else None)
         if config.calib_T is not None:
             self.refine(config.granularity, config.calib_length)
 
-    def follow(self, config) -> None:
-        """Run as a configuration says from now on."""
-        self.L, self.T, self.schedule = config.L, config.T, config.schedule
-        self.code, self.code_base = config.code, config.code_base
+    L = property(lambda self: self.config.L)
+    T = property(lambda self: self.config.T)
+    schedule = property(lambda self: self.config.schedule)
+    code = property(lambda self: self.config.code)
+    code_base = property(lambda self: self.config.code_base)
 
     @property
     def stepwise(self) -> bool:
         """Whether the site emits spike trains, `(T·B, …)`, rather than one value per input."""
         return self.T > 0 and self.schedule != "layerwise" and not self.after_time
 
+    def fine_shape(self, granularity: str, length: int | None = None) -> tuple[int, ...]:
+        """Shape of the fine thresholds."""
+        by_position = granularity == "position" and self.per_position
+        return (*[length or 1] * by_position, 1 if granularity == "layer" else self.width)
+
     def refine(self, granularity: str, length: int | None = None) -> None:
         """Give the site fine thresholds, equal to its threshold, and initial potentials of 1/2."""
-        by_position = granularity == "position" and self.per_position
-        shape = [length or 1] * by_position + [1 if granularity == "layer" else self.width]
+        self.refined = shape = self.fine_shape(granularity, length)
         self.fine_threshold = nn.Parameter(self.threshold.detach().expand(shape).clone())
         self.initial_potential = nn.Parameter(torch.full_like(self.fine_threshold, 0.5))
 
@@ -92,7 +95,7 @@ class FASNeuron(nn.Module):
         """Set every parameter that no checkpoint provides to its initial value."""
         nn.init.constant_(self.threshold, self.initial_threshold)
         if self.fine_threshold is not None:
-            nn.init.constant_(self.fine_threshold, self.initial_threshold)
+            nn.init.constant_(self.fine_threshold, self.initial_threshold)  # `from_pretrained` knows better
             nn.init.constant_(self.initial_potential, 0.5)
         if self.gain is not None:
             nn.init.constant_(self.gain, 1.0)
@@ -103,7 +106,8 @@ class FASNeuron(nn.Module):
             return self.threshold, None
         if self.fine_threshold.dim() < 2:
             return self.fine_threshold, self.initial_potential
-        rows = slice(0, length) if call.positions is None else call.positions
+        rows = getattr(call, "positions", None)
+        rows = slice(0, length) if rows is None else rows
         reached = rows.stop if isinstance(rows, slice) else int(rows.max()) + 1
         if reached > len(self.fine_threshold):
             raise ValueError(
@@ -336,16 +340,47 @@ def _count(steps: torch.Tensor) -> torch.Tensor:
     return count.view(-1, *[1] * (steps.dim() - 1))
 
 
+@contextmanager
+def state(config: Any, **settings: Any) -> Iterator[None]:
+    """Run as a configuration with other settings, in this thread, for the duration of a `with` block."""
+    here.running = [*getattr(here, "running", ()), (config, settings)]
+    try:
+        yield
+    finally:
+        here.running = [each for each in here.running if each[1] is not settings]
+
+
+def checkpoint_call(checkpoint: Callable, function: Callable, *args: Any) -> Any:
+    """Checkpoint a block such that it runs again as in the call at hand, in whatever thread its gradient needs it."""
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *args)
+    kept = dict(vars(here))
+
+    def run(*args: Any) -> Any:
+        before = dict(vars(here))
+        try:
+            vars(here).update(kept)
+            return function(*args)
+        finally:
+            vars(here).clear()
+            vars(here).update(before)
+
+    return checkpoint(run, *args)
+
+
 class Time:
-    """The hooks of one model: a batch enters the first block T times, and leaves the trunk as its time average.
+    """The hooks of one model: a batch enters the first block T times, and leaves the trunk as its time average."""
 
-    Attributes:
-        every_step: The batch comes as T·B rows, and leaves as many: averages of the first 1, 2 … T timesteps.
-    """
+    def __init__(self, config, neurons: list[FASNeuron]):
+        self.config, self.neurons = config, neurons
+        self.built = self._structure()
+        self.calibrations = 0  # begun so far
+        self.set_by: dict[Any, tuple] = {}  # what threads set it to, the last one last
 
-    def __init__(self, config):
-        self.config = config
-        self.every_step = False
+    @property
+    def every_step(self) -> bool:
+        """Whether the batch comes as T·B rows, and leaves as many: averages of the first 1, 2 … T timesteps."""
+        return (running(self.config) or {}).get("every_step", False)
 
     @property
     def steps(self) -> int:
@@ -357,14 +392,52 @@ class Time:
         """Whether what is not linear sees running means, and emits differences."""
         return self.config.schedule == "accumulated" and self.config.T > 1
 
+    def set_here(self) -> None:
+        """Remember what this thread set the model to."""
+        vars(here).setdefault("thread", object())
+        self.set_by.pop(here.thread, None)
+        self.set_by[here.thread] = self.config.T, self.config.schedule
+
+    def check_thread(self) -> None:
+        """Raise if another thread has set the model to something else since this one did."""
+        thread = getattr(here, "thread", None)
+        mine, now = self.set_by.get(thread), (self.config.T, self.config.schedule)
+        if mine not in (None, now) and thread is not next(reversed(self.set_by)):
+            raise ValueError(
+                f"`set_timesteps` must not be called with other values in two threads: this one set {mine}, another "
+                f"one then {now}. Use `with model.running(T, schedule):`, which holds for one thread only."
+            )
+
+    def _structure(self) -> dict[str, Any]:
+        activation = self.config._renamed.get("activation", "activation")
+        return {name: getattr(self.config, name) for name in ("sites", activation, "gain")}
+
+    def check_structure(self) -> None:
+        """Raise if the configuration no longer says what the model was made as: it would load as something else."""
+        config = self.config
+        pairs = [(name, value, getattr(config, name)) for name, value in self.built.items()]
+        pairs += [("folded", each.folded, config.folded) for each in self.neurons if each.foldable]
+        for each in self.neurons:
+            shape = None if config.calib_T is None else each.fine_shape(config.granularity, config.calib_length)
+            if None in (shape, each.refined):
+                pairs.append(("calib_T", each.refined and "fine thresholds", config.calib_T))
+            else:
+                pairs.append(("granularity", each.refined, shape))
+        for name, made, now in pairs:
+            if made != now:
+                raise ValueError(
+                    f"`config.{name}` must not be edited on a model that is made: it has {made}, the configuration "
+                    f"now asks for {now}, and its checkpoint would load as another network. Set it back; "
+                    "`begin_calibration` and `fold_thresholds` change the model too."
+                )
+
     def enter_trunk(self, trunk: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Set the neurons, and check what no stock model checks."""
         sync(trunk)
         inputs = _inputs(args, kwargs)
         if inputs is None:
             return  # the stock model says what is missing
-        if 0 in inputs.shape[:2]:
-            raise ValueError(f"`input_ids` must hold at least one token, got shape {tuple(inputs.shape[:2])}.")
+        check_inputs(inputs, inputs is kwargs.get("inputs_embeds"), trunk.config.vocab_size)
         if trunk.config._attn_implementation == "flex_attention":
             raise ValueError(
                 "`attn_implementation` must not be 'flex_attention': its masks know one number of rows. Use 'sdpa'."
@@ -374,27 +447,84 @@ class Time:
                 "`cu_seq_lens_q` must not be given in stepwise mode, whose batch has T times the rows it speaks of. "
                 "Give `position_ids` alone, or use the layerwise schedule."
             )
-        cache = kwargs.get("past_key_values")
+        cache = _cache((*args, *kwargs.values()))
+        if cache is not None and not torch.compiler.is_compiling():
+            self.take_cache(cache, len(inputs))
         past = 0 if cache is None else cache.get_seq_length()
-        self._check_positions(kwargs.get("position_ids"), past, inputs.shape[1])
+        self._find_positions(kwargs.get("position_ids"), past, inputs.shape[1])
 
-    def _check_positions(self, position_ids: torch.Tensor | None, past: Any, length: int) -> None:
-        config = self.config
-        limit = None if config.table.positions is None else config.max_position_embeddings + config.table.positions
-        reached, name = past + length, "input_ids"
-        if position_ids is not None and limit is not None:
-            # Looking at values would break a compiled graph, and wait for an accelerator.
-            cheap = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-            reached, name = int(position_ids.max()) + 1 if cheap else 0, "position_ids"
-            limit = config.max_position_embeddings
-        if limit is not None and isinstance(reached, int) and reached > limit:
+    def _find_positions(self, position_ids: torch.Tensor | None, past: Any, length: int) -> None:
+        config, first = self.config, self.config.table.positions or 0  # RoBERTa numbers tokens from 2 on
+        reached, limit, name = past + length, positions_of(config), "input_ids"
+        if position_ids is not None:
+            lowest, highest = _ends(position_ids) or (0, -1)
+            if lowest < 0:
+                raise ValueError(f"`position_ids` must not be negative, got {lowest}.")
+            reached, limit, name = highest + 1, limit - first, "position_ids"
+        if config.table.positions is not None and isinstance(reached, int) and reached > limit:
             raise ValueError(
                 f"`{name}` must not be longer than the {limit} positions of the model, got {reached} (cached tokens "
                 "included). Truncate the input, or generate fewer tokens."
             )
         if config.granularity == "position":
-            first = config.table.positions or 0  # RoBERTa numbers tokens from 2 on
             call.positions = slice(past, past + length) if position_ids is None else position_ids + first
+
+    def _stamp(self) -> dict[str, Any]:
+        """What the keys and values of a call depend on, but for the text."""
+        config = self.config
+        own: dict[str, Any] = {"T": config.T, "sites": config.sites}
+        if config.T:
+            own |= {name: getattr(config, name) for name in ("schedule", "code", "code_base", "gain", "calib_T")}
+        else:
+            own["L"] = config.L
+        parameters = (each for neuron in self.neurons for each in neuron._parameters.values() if each is not None)
+        versions = sum(0 if each.is_inference() else each._version for each in parameters)
+        return own | {"calibration": (id(self), self.calibrations, versions)}
+
+    def take_cache(self, cache: Any, batch: int) -> None:
+        """Let a cache remember how it came to be; one of another mode is refused, one of B rows gets those of T."""
+        stamp, known = self._stamp(), getattr(cache, "made_by", None)
+        if known == stamp:
+            return
+        if known is None:
+            self._fit_rows(cache, batch // self.steps if self.every_step else batch)
+        elif int(cache.get_seq_length()) == 0:
+            for layer in cache.layers:
+                layer.is_initialized = False  # allocated for other rows
+        elif names := self._differing(known, stamp):
+            name, *_ = names
+            was, now = (f"`{name}` {each.get(name)!r}" for each in (known, stamp))
+            if name == "calibration":
+                was, now = "the thresholds of then", "others"
+            raise ValueError(
+                f"`past_key_values` must come from the mode that the model runs in, got one made with {was} where the "
+                f"model has {now}. Start again without it."
+            )
+        cache.made_by = stamp
+        if self.steps > 1 and not isinstance(cache, _Timed):
+            cache.__class__ = _timed(type(cache))  # type: ignore[arg-type]
+
+    def _differing(self, known: dict[str, Any], stamp: dict[str, Any]) -> list[str]:
+        """Names of what differs; thresholds are compared where they are those of one model."""
+        names = [name for name in {**known, **stamp} if known.get(name) != stamp.get(name)]
+        return [name for name in names if name != "calibration" or known[name][0] == stamp[name][0]]
+
+    def _fit_rows(self, cache: Any, batch: int) -> None:
+        """Give what a prefix or an early initialisation put in a cache the rows of every timestep."""
+        for index, layer in enumerate(getattr(cache, "layers", ())):
+            wanted = batch * (1 if index == 0 and self.config.sites == "mlp" else self.steps)
+            if not layer.is_initialized or layer.keys.dim() < 2 or len(layer.keys) == wanted:
+                continue
+            if len(layer.keys) != batch:
+                raise ValueError(
+                    f"`past_key_values` must hold {batch} rows, or {wanted} in layer {index} (rows times timesteps), "
+                    f"got {len(layer.keys)}. Give a cache of the same batch."
+                )
+            layer.keys, layer.values = (
+                each.repeat(wanted // batch, *[1] * (each.dim() - 1)) for each in (layer.keys, layer.values)
+            )
+            if hasattr(layer, "batch_size"):
+                layer.batch_size = wanted
 
     def enter_first_block(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Repeat a batch for every timestep."""
@@ -437,9 +567,12 @@ class Time:
 
     def leave_trunk(self, but: str, trunk: Any, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
         """Average over time all that has T·B rows, the output named `but` excepted."""
+        inputs: Any = _inputs(args, kwargs)
+        cache = _cache(outputs if isinstance(outputs, tuple) else outputs.values())
+        if cache is not None and not torch.compiler.is_compiling() and not hasattr(cache, "made_by"):
+            self.take_cache(cache, len(inputs))
         if self.steps == 1:
             return None
-        inputs: Any = _inputs(args, kwargs)
         rows = len(inputs) * (1 if self.every_step else self.steps)
 
         def average(tensor: torch.Tensor) -> torch.Tensor:
@@ -479,11 +612,43 @@ class Time:
         return None if self.steps == 1 else self.average(output)
 
 
+class _Timed:
+    """Of a cache that holds rows for every timestep, time-major: what chooses among rows does so at each."""
+
+    layers: list[Any]
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these texts."""
+        for layer, rows in self._rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices):
+            layer.batch_select_indices(rows)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Put these texts in the place of all."""
+        for layer, rows in self._rows(beam_idx):
+            layer.reorder_cache(rows)
+
+    def _rows(self, texts: torch.Tensor) -> Iterator[tuple[Any, torch.Tensor]]:
+        made_by: Any = self.made_by  # type: ignore[attr-defined]
+        batch = len(self.layers[0].keys) // (1 if made_by["sites"] == "mlp" else made_by["T"])
+        for layer in self.layers:
+            yield layer, at_every_timestep(texts, batch, len(layer.keys))
+
+
+def at_every_timestep(texts: torch.Tensor, batch: int, rows: int) -> torch.Tensor:
+    """Rows that these texts of a batch have in as many rows, time-major."""
+    return (torch.arange(0, rows, batch, device=texts.device)[:, None] + texts).flatten()
+
+
+@functools.cache
+def _timed(kind: type) -> type:
+    return type(kind.__name__, (_Timed, kind), {})
+
+
 def carry_time(model: Any, time: Time) -> None:
     """Hook the trunk, its blocks, what is the same at all timesteps, what is not linear, and where time ends."""
     table = model.config.table
     whole = trunk(model)
-    whole._synced = None
+    whole._synced, whole._time = None, time
     whole.register_forward_pre_hook(time.enter_trunk, with_kwargs=True)
     last = find(model, table.time_ends) if table.time_ends else None
     but = "last_hidden_state" if last is not None else ""
@@ -535,6 +700,43 @@ def _inputs(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
     return kwargs.get("inputs_embeds") if ids is None else ids
 
 
+def _cache(values: Any) -> Cache | None:
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def _ends(ids: torch.Tensor) -> tuple[int, int] | None:
+    """Least and greatest, where looking neither breaks a compiled graph nor waits for an accelerator."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+        return None
+    least, greatest = ids.aminmax()
+    return int(least), int(greatest)
+
+
+def check_inputs(inputs: torch.Tensor, embedded: bool, vocabulary: int) -> None:
+    """Raise for what a stock model takes for something else, or answers from inside of PyTorch."""
+    name, dimensions = ("inputs_embeds", 3) if embedded else ("input_ids", 2)
+    if not embedded and inputs.is_floating_point():
+        raise ValueError(f"`input_ids` must be integers, got {inputs.dtype}. Embeddings go to `inputs_embeds`.")
+    if inputs.dim() != dimensions:
+        shape = "(batch, tokens, width)" if embedded else "(batch, tokens)"
+        raise ValueError(
+            f"`{name}` must have the shape {shape}, got {tuple(inputs.shape)}. One text is a batch too: "
+            f"`{name}[None]`."
+        )
+    if 0 in inputs.shape[:2]:
+        raise ValueError(f"`{name}` must hold at least one token, got shape {tuple(inputs.shape[:2])}.")
+    if not embedded:
+        check_range("input_ids", inputs, vocabulary, "tokens of the vocabulary")
+
+
+def check_range(name: str, ids: torch.Tensor, count: int, what: str) -> None:
+    """Raise for ids that are none of so many."""
+    ends = _ends(ids)
+    if ends and not 0 <= ends[0] <= ends[1] < count:
+        found = ends[ends[0] >= 0]
+        raise ValueError(f"`{name}` must be from 0 to {count - 1}, the {what}, got {found}.")
+
+
 def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     """What a stock module is called on: its first tensor."""
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
@@ -557,13 +759,15 @@ def forget_positions(*_: Any) -> None:
 
 
 def sync(module: Any, *_: Any) -> None:
-    """Make every neuron in a module, copies made by adapters included, run as its configuration says."""
+    """Check a configuration where it has changed, and let every neuron, copies made by adapters included, read it."""
     config = module.config
-    settings = (config.L, config.T, config.schedule, config.code, config.code_base)
+    settings: tuple = (config.L, config.T, config.schedule, config.code, config.code_base, config.gain, config.sites)
+    settings += (config.folded, config.calib_T, config.granularity, config.calib_length)
     if module._synced != settings:
         config.check()
+        module._time.check_structure()
         for each in module.modules():
             if isinstance(each, FASNeuron):
-                each.follow(config)
+                each.config = config
             elif "_synced" in vars(each):
                 each._synced = settings  # the trunk too, so that a compiled call has nothing left to change

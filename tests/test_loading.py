@@ -1,9 +1,11 @@
 """Saving and loading: round trips, a process without this repository, and everything that can be wrong with a file."""
 
 import json
+import logging
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -16,6 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+import backbones
 import tiny
 from configuration_fas import BACKBONES
 from modeling_fas import FASBertForMaskedLM, FASGPT2LMHeadModel
@@ -167,6 +170,100 @@ def test_pickled_weights_are_neither_read_nor_written(tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match=r"model.safetensors"):
         FASGPT2LMHeadModel.from_pretrained(tmp_path)
+
+
+def changed(folder, change):
+    """Change the tensors of a checkpoint, by name, in place."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("granularity", ["layer", "neuron", "position"])
+@pytest.mark.parametrize("dropped", ["all", "one"])
+@pytest.mark.parametrize("backbone", ["gpt2", "bert", "llama", "opt"])
+def test_fine_thresholds_that_are_missing_take_the_sites_own(
+    backbone, dropped, granularity, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    if backbone == "opt" and granularity == "position":
+        pytest.skip("has no positions to calibrate by")
+    model = backbones.model(backbone, "AutoModelForSequenceClassification")
+    for index, (_, neuron) in enumerate(model.neurons()):
+        torch.nn.init.constant_(neuron.threshold, 0.5 + 0.1 * index)
+    model.begin_calibration(4, granularity, 9)
+    for _, neuron in model.neurons():
+        torch.nn.init.uniform_(neuron.fine_threshold, 2, 3)
+        torch.nn.init.uniform_(neuron.initial_potential, 0.1, 0.2)
+    model.save_pretrained(tmp_path)
+    names = [name for name, _ in model.neurons()]
+    lacking = names if dropped == "all" else names[1:2]
+    changed(tmp_path, lambda w: [w.pop(f"{n}.{p}") for n in lacking for p in ("fine_threshold", "initial_potential")])
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["missing_keys"]) == {
+        f"{name}.{part}" for name in lacking for part in ("fine_threshold", "initial_potential")
+    }
+    said = next(record.message for record in caplog.records if "take their own threshold" in record.message)
+    for (name, neuron), (_, saved) in zip(loaded.neurons(), model.neurons(), strict=True):
+        assert torch.equal(neuron.threshold, saved.threshold)
+        if name in lacking:
+            assert f"{name}.fine_threshold" in said and f"{name}.initial_potential" in said
+            assert (neuron.fine_threshold == saved.threshold).all() and (neuron.initial_potential == 0.5).all()
+        else:
+            assert f"{name}." not in said and torch.equal(neuron.fine_threshold, saved.fine_threshold)
+            assert torch.equal(neuron.initial_potential, saved.initial_potential)
+
+
+def test_a_missing_potential_leaves_its_threshold_alone(tmp_path):
+    model = tiny.model("gpt2").begin_calibration(4)
+    neuron = model.neurons()[0][1]
+    torch.nn.init.uniform_(neuron.fine_threshold, 2, 3)
+    model.save_pretrained(tmp_path)
+    changed(tmp_path, lambda weights: weights.pop("transformer.h.0.mlp.act.initial_potential"))
+    loaded = FASGPT2LMHeadModel.from_pretrained(tmp_path).neurons()[0][1]
+    assert torch.equal(loaded.fine_threshold, neuron.fine_threshold) and (loaded.initial_potential == 0.5).all()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_missing_and_unexpected_keys_warn_by_name(backbone, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = backbones.model(backbone, "AutoModelForSequenceClassification", calib_T=4)
+    model.save_pretrained(tmp_path)
+    names = [name for name, _ in model.named_parameters() if "threshold" not in name and "potential" not in name]
+    missing = [names[2], names[-3], f"{model.neurons()[1][0]}.threshold"]
+
+    def change(weights):
+        for name in missing:
+            del weights[name]
+        weights["of_no_use.weight"] = torch.zeros(3)
+
+    changed(tmp_path, change)
+    _, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["missing_keys"]) == set(missing) and set(report["unexpected_keys"]) == {"of_no_use.weight"}
+    said = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert all(any(name in message for message in said) for name in [*missing, "of_no_use.weight"])
+    caplog.clear()
+    model.config.calib_T = None
+    model.config.save_pretrained(tmp_path)  # thresholds that the configuration does not know
+    type(model).from_pretrained(tmp_path)
+    said = " ".join(record.message for record in caplog.records if record.levelno >= logging.WARNING).lower()
+    assert all(part in said for part in ("unexpected", "fine_threshold", "initial_potential"))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_mismatched_keys_are_refused_by_name(backbone, tmp_path):
+    model = backbones.model(backbone, "AutoModelForSequenceClassification", calib_T=4)
+    torch.nn.init.constant_(model.neurons()[1][1].threshold, 0.6)
+    model.save_pretrained(tmp_path)
+    name = f"{model.neurons()[1][0]}.fine_threshold"
+    changed(tmp_path, lambda weights: weights.update({name: torch.ones(7)}))
+    with pytest.raises((RuntimeError, ValueError), match=r"ignore_mismatched_sizes|size mismatch"):
+        type(model).from_pretrained(tmp_path)
+    if transformers.__version__ < "5":
+        return  # which makes all of a site anew then
+    loaded = type(model).from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    neuron = loaded.get_submodule(name.rpartition(".")[0])
+    assert neuron.threshold.item() == pytest.approx(0.6) and (neuron.fine_threshold == neuron.threshold).all()
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

@@ -30,7 +30,7 @@ def test_an_index_that_names_anything_else_is_refused_though_transformers_reads_
         FASBertForSequenceClassification.from_pretrained(folder)
     refused(check_shards, folder)
     for load in (_load, _read_weights):
-        refused(lambda source: load(FASBertForSequenceClassification, source, "checkpoint"), folder)
+        refused(lambda source, load=load: load(FASBertForSequenceClassification, source, "checkpoint"), folder)
     refused(lambda source: _loaded(source, None, FASBertForSequenceClassification), folder)
 
 
