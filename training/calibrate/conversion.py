@@ -16,7 +16,7 @@ from configuration_fas import FASConfig, positions_of
 from neurons_fas import spike_count
 from sites_fas import FASNeuron
 
-from ..layout import auto_class, pooled, products, sites
+from ..layout import Placed, auto_class, pooled, products, sites
 from ..shards import check_shards
 
 
@@ -24,8 +24,10 @@ logger = logging.getLogger(__name__)
 
 # Thresholds tried, over the root mean square of a neuron's input: 40 from half of it to thirty times.
 SCALES = torch.logspace(-0.3, 1.5, 40).tolist()
-# With gain "token": ends of the range, over the largest input of a token.
-GAINS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+# With gain "token": ends of the range, over the largest input of a token; and what power of its root mean square a
+# neuron's threshold is. Below 1, steps are finer where inputs are large: massive activations are few and matter much.
+GAINS = (1.0, 0.85, 0.7, 0.5, 0.3)
+POWERS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 # A neuron's root mean square counts as at least this share of its site's.
 LEAST_SHARE = {"static": 0.1, "token": 0.05}
 FEW_TOKENS = 128
@@ -260,11 +262,12 @@ def fit_thresholds(
     handles = []
     bar = tqdm(total=len(model.neurons()), desc="thresholds", unit="site", disable=not progress)
     for placed in sites(model):
+        weight = _weight(placed)
 
-        def choose(neuron: Any, given: tuple, name: str = placed.name) -> None:
+        def choose(neuron: Any, given: tuple, name: str = placed.name, weight: Any = weight) -> None:
             values = given[0].flatten(0, -2)
             values = values if tokens is None or name in whole or len(values) != len(tokens) else values[tokens]
-            found[name] = _fit(neuron, values)
+            found[name] = _fit(neuron, values, weight)
             bar.update()
 
         handles.append(placed.neuron.register_forward_pre_hook(choose))
@@ -293,7 +296,16 @@ def _first_position(layer: Any, args: tuple) -> tuple:
     return (args[0][:, :1], *args[1:])
 
 
-def _fit(neuron: FASNeuron, values: torch.Tensor) -> dict[str, float]:
+def _weight(placed: Placed) -> torch.Tensor | None:
+    """What an error of each neuron weighs in what follows: the squares of its weights, `(D,)`; None: all the same."""
+    if placed.site.at != "input" or not placed.targets:
+        return None
+    squares = (each.weight.float().square() for each in placed.targets)
+    layers = zip(squares, placed.targets, strict=True)
+    return sum(square.sum(0 if isinstance(layer, nn.Linear) else 1) for square, layer in layers)
+
+
+def _fit(neuron: FASNeuron, values: torch.Tensor, weight: torch.Tensor | None = None) -> dict[str, float]:
     """Set the fine thresholds of a site (and its gain) to the best for the values `(N, D)` that it reads."""
     values = values.float()
     scale = values.square().mean(0).sqrt()
@@ -301,12 +313,16 @@ def _fit(neuron: FASNeuron, values: torch.Tensor) -> dict[str, float]:
     scale = scale.clamp(min=least_share * values.square().mean().sqrt()).clamp(min=1e-4)
     fine: Any = neuron.fine_threshold
     if neuron.gain is not None:
-        fine.copy_(scale)
-        errors = []
-        for each in GAINS:
-            neuron.gain.fill_(each)
-            errors.append((((_emitted(neuron, values) - values) / scale) ** 2).mean().item())
-        neuron.gain.fill_(GAINS[min(range(len(GAINS)), key=errors.__getitem__)])
+        tried: list[tuple[float, float, float]] = []
+        for power in POWERS:
+            fine.copy_(scale**power)
+            for gain in GAINS:
+                neuron.gain.fill_(gain)
+                error = (_emitted(neuron, values) - values) ** 2
+                tried.append(((error if weight is None else error * weight).mean().item(), power, gain))
+        _, power, gain = min(tried)
+        fine.copy_(scale**power)
+        neuron.gain.fill_(gain)
     else:
         best, least = scale.clone(), torch.full_like(scale, float("inf"))
         for each in SCALES:
