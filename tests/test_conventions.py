@@ -77,9 +77,7 @@ def test_prefix_tuning_of_peft_works_at_every_timestep(backbone, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not hasattr(transformers.GenerationMixin, "generate_batch"), reason="of transformers 4.56 and newer"
-)
+@pytest.mark.skipif(not hasattr(transformers, "ContinuousBatchingConfig"), reason="of transformers 5")
 @pytest.mark.parametrize("backbone", ["gpt2", "llama"])
 def test_continuous_batching_gives_the_tokens_of_generate_or_says_why_not(backbone):
     pytest.importorskip("psutil")
@@ -88,8 +86,12 @@ def test_continuous_batching_gives_the_tokens_of_generate_or_says_why_not(backbo
     prompts = [rows[0].tolist(), rows[1, :6].tolist()]
     asked = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     expected = [model.generate(torch.tensor([p]), generation_config=asked)[0, len(p) :].tolist() for p in prompts]
-    found = model.generate_batch(prompts, generation_config=asked)
+    # By default it takes most of the memory of the machine.
+    small = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    found = model.generate_batch(prompts, generation_config=asked, continuous_batching_config=small)
     assert [each.generated_tokens for each in found.values()] == expected
     model.set_timesteps(4, "stepwise")
-    for each in model.generate_batch(prompts[:1], generation_config=asked).values():
+    for each in model.generate_batch(
+        prompts[:1], generation_config=asked, continuous_batching_config=small
+    ).values():
         assert "must not be given in stepwise mode" in each.error
