@@ -91,7 +91,5 @@ def test_continuous_batching_gives_the_tokens_of_generate_or_says_why_not(backbo
     found = model.generate_batch(prompts, generation_config=asked, continuous_batching_config=small)
     assert [each.generated_tokens for each in found.values()] == expected
     model.set_timesteps(4, "stepwise")
-    for each in model.generate_batch(
-        prompts[:1], generation_config=asked, continuous_batching_config=small
-    ).values():
+    for each in model.generate_batch(prompts[:1], generation_config=asked, continuous_batching_config=small).values():
         assert "must not be given in stepwise mode" in each.error

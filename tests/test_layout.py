@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -10,6 +11,7 @@ from backbones import CASES, HEADS
 from training import layout
 from training.calibrate import calibration_loss, coarse_search, fold_thresholds
 from training.calibrate.loss import recorded
+from training.convert import RECIPES
 from training.evaluate import SpikeMonitor, count_operations
 
 
@@ -132,3 +134,9 @@ def test_the_variance_over_time_is_that_of_the_spikes(backbone, granularity):
         for name, train in trains.items():
             torch.testing.assert_close(emitted[name].average, train.mean(0))
             torch.testing.assert_close(emitted[name].variance(), train.var(0, correction=0))
+
+
+def test_the_recipe_that_shards_names_the_blocks_that_there_are():
+    settings = yaml.safe_load((RECIPES / "gpt2_full_fsdp.yaml").read_text())["fsdp_config"]
+    blocks = {type(block).__name__ for block in backbones.model("gpt2", "AutoModelForCausalLM").transformer.h}
+    assert set(settings["transformer_layer_cls_to_wrap"]) == blocks
