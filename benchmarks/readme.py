@@ -11,7 +11,7 @@ from benchmarks.pages import RESULTS, Part, command, source
 from training.results import flat, markdown_table, read_results
 
 
-COLUMNS = ["step", "mode", "T", "schedule", "accuracy", "spike_rate"]
+COLUMNS = ["step", "mode", "T", "schedule", "accuracy", "spike_rate", "energy_ratio"]
 
 
 def parts() -> Iterator[Part]:
