@@ -19,7 +19,7 @@ from training.publish.card import (
 )
 from training.publish.cards import main, rewrite_card
 from training.publish.files import VerificationError
-from training.publish.records import Record, lineage, read_sources
+from training.publish.records import Record, lineage, read_records, read_sources
 from training.results import fingerprint, flat, write_json, write_results
 
 
@@ -382,3 +382,10 @@ def test_a_committed_card_shows_every_figure_of_quality_and_cost(committed):
 def measured_by(content) -> Record:
     """The record of a file beside a card that its tables come from."""
     return next(record for each in content["sources"]["records"] if (record := Record(**each)).rows)
+
+
+def test_a_list_beside_the_base_model_is_no_results_file(tmp_path):
+    """all-MiniLM-L6-v2 has such a data_config.json."""
+    (tmp_path / "data_config.json").write_text("[1]")
+    (tmp_path / "evaluation.json").write_text('{"metrics": {}, "configuration": {}}')
+    assert [record.file for record in read_records(tmp_path)] == ["evaluation.json"]

@@ -118,10 +118,13 @@ class Sources:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """The results files of a folder: JSON objects with `metrics` and `configuration`; a report comes first."""
+    """The results files of a folder: JSON objects with `metrics` and `configuration`; a report comes first.
+
+    A list is none: other libraries write those beside a model.
+    """
     records = []
     for path in [folder / REPORT, *sorted(folder.glob("*.json"))]:
-        if path.is_file():
+        if path.is_file() and not path.read_bytes().lstrip().startswith(b"["):
             content = _read(path)
             if {"metrics", "configuration"} <= content.keys():
                 name = path.relative_to(folder).as_posix()
