@@ -137,7 +137,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 sys.path.append(sys.argv[2])
 import torch, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-code = sys.modules[type(model.base_model).__module__]
+sites = sys.modules[type(model.neurons()[0][1]).__module__]
+code = sys.modules[sites.integrate_and_fire.__module__]
 ids = torch.arange(6)[None]
 expected = model(ids, labels=ids)
 expected.loss.backward()
