@@ -30,7 +30,9 @@ __version__ = "0.2.0"
 
 logger = logging.get_logger(__name__)
 
-# State of the calls that run in this thread. A plain `threading.local`: a compiler looks into no class made from it.
+# State of the calls that run in this thread: `running`, settings that hold for a while, and `positions` of the tokens
+# of a call, `(B, S)` or a slice (None: the first ones). A plain `threading.local`: a compiler looks into no class made
+# from it.
 here = threading.local()
 
 
@@ -426,6 +428,12 @@ def running(config: Any) -> dict[str, Any] | None:
         if each is config:
             return settings
     return None
+
+
+def mode(config: Any) -> tuple[int, str]:
+    """T and schedule of a configuration in this thread. Every hook asks; attributes of a configuration are slow."""
+    own = running(config)
+    return (config.T, config.schedule) if own is None else (own["T"], own["schedule"])
 
 
 def _for_a_while(name: str) -> property:

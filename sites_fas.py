@@ -17,7 +17,7 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 
 
 try:
-    from .configuration_fas import Site, here, positions_of, running  # type: ignore[import-not-found]
+    from .configuration_fas import Site, here, mode, positions_of, running  # type: ignore[import-not-found]
     from .neurons_fas import (  # type: ignore[import-not-found]
         MIN_THRESHOLD,
         encode,
@@ -27,13 +27,8 @@ try:
         spike_train,
     )
 except ImportError:
-    from configuration_fas import Site, here, positions_of, running
+    from configuration_fas import Site, here, mode, positions_of, running
     from neurons_fas import MIN_THRESHOLD, encode, integrate_and_fire, spike_count, spike_rate, spike_train
-
-
-call = (
-    here  # `positions` of the tokens of the call that runs in this thread, `(B, S)` or a slice; None: the first ones
-)
 
 
 class FASNeuron(nn.Module):
@@ -70,15 +65,16 @@ class FASNeuron(nn.Module):
             self.refine(config.granularity, config.calib_length)
 
     L = property(lambda self: self.config.L)
-    T = property(lambda self: self.config.T)
-    schedule = property(lambda self: self.config.schedule)
+    T = property(lambda self: mode(self.config)[0])
+    schedule = property(lambda self: mode(self.config)[1])
     code = property(lambda self: self.config.code)
     code_base = property(lambda self: self.config.code_base)
 
     @property
     def stepwise(self) -> bool:
         """Whether the site emits spike trains, `(T·B, …)`, rather than one value per input."""
-        return self.T > 0 and self.schedule != "layerwise" and not self.after_time
+        T, schedule = mode(self.config)
+        return T > 0 and schedule != "layerwise" and not self.after_time
 
     def fine_shape(self, granularity: str, length: int | None = None) -> tuple[int, ...]:
         """Shape of the fine thresholds."""
@@ -106,7 +102,7 @@ class FASNeuron(nn.Module):
             return self.threshold, None
         if self.fine_threshold.dim() < 2:
             return self.fine_threshold, self.initial_potential
-        rows = getattr(call, "positions", None)
+        rows = getattr(here, "positions", None)
         rows = slice(0, length) if rows is None else rows
         reached = rows.stop if isinstance(rows, slice) else int(rows.max()) + 1
         if reached > len(self.fine_threshold):
@@ -385,12 +381,14 @@ class Time:
     @property
     def steps(self) -> int:
         """Timesteps that a batch holds as rows."""
-        return self.config.T if self.config.schedule != "layerwise" and self.config.T else 1
+        T, schedule = mode(self.config)
+        return T if T and schedule != "layerwise" else 1
 
     @property
     def accumulates(self) -> bool:
         """Whether what is not linear sees running means, and emits differences."""
-        return self.config.schedule == "accumulated" and self.config.T > 1
+        T, schedule = mode(self.config)
+        return schedule == "accumulated" and T > 1
 
     def set_here(self) -> None:
         """Remember what this thread set the model to."""
@@ -467,7 +465,7 @@ class Time:
                 "included). Truncate the input, or generate fewer tokens."
             )
         if config.granularity == "position":
-            call.positions = slice(past, past + length) if position_ids is None else position_ids + first
+            here.positions = slice(past, past + length) if position_ids is None else position_ids + first
 
     def _stamp(self) -> dict[str, Any]:
         """What the keys and values of a call depend on, but for the text."""
@@ -755,7 +753,7 @@ def _map(function: Callable, value: Any) -> Any:
 
 def forget_positions(*_: Any) -> None:
     if not torch.is_grad_enabled():  # else blocks may run again, for their gradient
-        call.positions = None
+        here.positions = None
 
 
 def sync(module: Any, *_: Any) -> None:

@@ -18,7 +18,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn import functional as F
 
-from sites_fas import call
+from configuration_fas import here
 
 from ..layout import auto_class, pooled, predicts_next
 from ..results import write_json
@@ -247,7 +247,7 @@ def recorded(model: Any) -> Iterator[dict[str, Emitted]]:
             if not neuron.stepwise:
                 record[name] = Emitted(output)
                 return
-            steps, positions = output.unflatten(0, (neuron.T, -1)), call.positions
+            steps, positions = output.unflatten(0, (neuron.T, -1)), getattr(here, "positions", None)
             square = steps.detach().square().mean(0) if neuron.signed else None
             record[name] = Emitted(steps.mean(0), partial(_threshold, neuron, output.shape[-2], positions), square)
 
@@ -263,7 +263,7 @@ def recorded(model: Any) -> Iterator[dict[str, Emitted]]:
 
 def _threshold(neuron: Any, length: int, positions: Any) -> torch.Tensor:
     """The threshold of a site in the call that had these positions."""
-    call.positions = positions
+    here.positions = positions
     return neuron.thresholds(length)[0]
 
 
