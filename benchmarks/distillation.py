@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from fas import SpikeMonitor, convert_to_spiking, energy_report
 from training.arguments import FASTrainingArguments
-from training.checkpoints import checkpoints, is_complete
+from training.checkpoints import last_complete
 from training.distillation import FASDistillationTrainer
 from training.results import commit, fingerprint, markdown_table, read_results, write_results
 from training.trainers import FASTrainer
@@ -58,24 +58,42 @@ def stock():
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval()
 
 
-def arguments(folder: str | Path, steps: int, rates: tuple[float, float]) -> FASTrainingArguments:
+def arguments(folder: str | Path, rates: tuple[float, float | None], **settings: Any) -> FASTrainingArguments:
+    """Those of every run here: rates of weights and of thresholds, and checkpoints to go on from."""
     return FASTrainingArguments(
         str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=BATCH,
         learning_rate=rates[0],
         threshold_learning_rate=rates[1],
-        lr_scheduler_type="cosine",
-        warmup_steps=min(10, steps // 4),
-        weight_decay=0.0,
-        logging_steps=20,
         save_strategy="steps",
-        save_steps=25,
         save_total_limit=1,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
+        **settings,
     )
+
+
+def prose_arguments(folder: str | Path, steps: int, rates: tuple[float, float]) -> FASTrainingArguments:
+    return arguments(
+        folder,
+        rates,
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(10, steps // 4),
+        weight_decay=0.0,
+        logging_steps=20,
+        save_steps=25,
+    )
+
+
+def trained(trainer: FASTrainer, folder: Path) -> float:
+    """Train, from the last checkpoint of a killed run on, if there is one; returns the loss. The folder is removed."""
+    last = last_complete(folder)
+    loss = trainer.train(resume_from_checkpoint=None if last is None else str(last)).training_loss
+    trainer.model.eval()
+    shutil.rmtree(folder, ignore_errors=True)
+    return loss
 
 
 class _Log(TrainerCallback):
@@ -86,19 +104,16 @@ class _Log(TrainerCallback):
 def distil(model, rows: torch.Tensor, steps: int, rates: tuple[float, float], folder: Path) -> dict[str, Any]:
     """Train a model in place; a killed run goes on from its last checkpoint in the folder, which is then removed."""
     data = [{"input_ids": row, "labels": row} for row in rows[: steps * BATCH]]
-    args = arguments(folder, steps, rates)
+    args = prose_arguments(folder, steps, rates)
     trainer = FASDistillationTrainer(model, args, teacher=stock(), train_dataset=data, callbacks=[_Log()])
-    complete = [path for path in checkpoints(folder) if is_complete(path)]
-    loss = trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None).training_loss
-    model.eval()
-    shutil.rmtree(folder, ignore_errors=True)
+    loss = trained(trainer, folder)
     return {"training_loss": loss, "training_seconds": trainer.state.log_history[-1]["train_runtime"]}
 
 
 def cost(settings: dict[str, Any], calibration: torch.Tensor, rows: torch.Tensor, repeats: int) -> dict[str, Any]:
     """Median seconds of a step: forward, backward, optimizer; the two kinds in turn."""
     with tempfile.TemporaryDirectory() as folder:
-        args = arguments(folder, 1, (1e-5, 1e-5))
+        args = prose_arguments(folder, 1, (1e-5, 1e-5))
         plain, model = stock(), converted(settings, calibration)
         trainers = {
             "plain": FASTrainer(plain, args),

@@ -8,7 +8,6 @@ A row is saved as it ends, and a killed training goes on from its last checkpoin
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from transformers.utils import logging
 
 from fas import SpikeMonitor, convert_to_spiking, energy_report
-from training.arguments import FASTrainingArguments
-from training.checkpoints import checkpoints, is_complete
 from training.distillation import FASDistillationTrainer
 from training.results import commit, fingerprint, markdown_table, read_results, write_results
 from training.trainers import FASTrainer
 
 from ._calibration_tasks import MINILM, Glue
+from .distillation import arguments, trained
 
 
 OUTPUT = Path(__file__).parent / "results" / "distillation_sst2.json"
@@ -37,32 +35,19 @@ GELU_TRIED, TRIED = 150, 60
 COMMIT = commit()  # of the code that runs, which may be edited meanwhile
 
 
-def arguments(folder: Path, batch: int, rate: float, threshold_rate: float | None = None, **length: Any):
-    return FASTrainingArguments(
-        str(folder),
+def sst2_arguments(folder: Path, batch: int, rate: float, threshold_rate: float | None = None, **length: Any):
+    return arguments(
+        folder,
+        (rate, threshold_rate),
         per_device_train_batch_size=batch,
-        learning_rate=rate,
-        threshold_learning_rate=threshold_rate,
         lr_scheduler_type="linear",
         warmup_steps=0.06,
         weight_decay=0.01,
         train_sampling_strategy="group_by_length",
         logging_steps=50,
-        save_strategy="steps",
         save_steps=100,
-        save_total_limit=1,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
         **length,
     )
-
-
-def trained(trainer, folder: Path):
-    complete = [path for path in checkpoints(folder) if is_complete(path)]
-    trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
-    shutil.rmtree(folder, ignore_errors=True)
-    return trainer.model.eval()
 
 
 @torch.inference_mode()
@@ -130,9 +115,10 @@ def main() -> None:
     def gelu(rate: float, name: str, **length: Any):
         set_seed(args.seed)
         model = AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=2)
-        settings = arguments(args.work / name, 64, rate, seed=args.seed, **length)
+        settings = sst2_arguments(args.work / name, 64, rate, seed=args.seed, **length)
         trainer = FASTrainer(model, settings, train_dataset=train, data_collator=collator)
-        return trained(trainer, args.work / name)
+        trained(trainer, args.work / name)
+        return model
 
     for rate in GELU_RATES:
         row = {"kind": "trial", "code": "gelu", "seed": args.seed, "steps": GELU_TRIED, "rates": rate}
@@ -152,11 +138,12 @@ def main() -> None:
     def distilled(settings: dict[str, Any], rates: tuple[float, float], steps: int, name: str):
         set_seed(args.seed)
         model = convert_to_spiking(str(teacher), calibration, sites="all", progress=False, **settings)
-        options = arguments(args.work / name, 32, *rates, seed=args.seed, max_steps=steps)
+        options = sst2_arguments(args.work / name, 32, *rates, seed=args.seed, max_steps=steps)
         trainer = FASDistillationTrainer(
             model, options, teacher=stock, train_dataset=train, data_collator=collator, hidden_weight=1.0
         )
-        return trained(trainer, args.work / name)
+        trained(trainer, args.work / name)
+        return model
 
     for settings in SETTINGS:
         same = {**settings, "seed": args.seed, "sites": "all"}

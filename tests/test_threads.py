@@ -27,6 +27,14 @@ def together(functions, rounds=12):
         return [done.result() for done in [pool.submit(work, function) for function in functions]]
 
 
+def assert_alone_as_together(calls):
+    """Calls give in threads what they give alone, which is returned."""
+    expected = [call() for call in calls]
+    for found, want in zip(together(calls), expected, strict=True):
+        assert all(torch.equal(each, want) for each in found)
+    return expected
+
+
 def by_position(**settings):
     model = tiny.model("gpt2", **settings).begin_calibration(4, "position", tiny.POSITIONS)
     for _, neuron in model.neurons():
@@ -46,9 +54,7 @@ def test_two_threads_generate_with_thresholds_by_position():
         lambda ids=ids: torch.stack(model.generate(ids, return_dict_in_generate=True, **asked).logits)
         for ids in prompts
     ]
-    expected = [call() for call in calls]
-    for found, want in zip(together(calls), expected, strict=True):
-        assert all(torch.equal(each, want) for each in found)
+    assert_alone_as_together(calls)
 
 
 @torch.no_grad()
@@ -66,10 +72,8 @@ def test_threads_run_one_model_for_different_times():
 
     calls = [at(*mode) for mode in ((1, "stepwise"), (4, "stepwise"), (4, "accumulated"), (6, "layerwise"))]
     calls.append(lambda: model(ids).logits)  # at what the model is set to
-    expected = [call() for call in calls]
-    assert all(not torch.equal(expected[-1], each) for each in expected[:-1])
-    for found, want in zip(together(calls), expected, strict=True):
-        assert all(torch.equal(each, want) for each in found)
+    *others, own = assert_alone_as_together(calls)
+    assert all(not torch.equal(own, each) for each in others)
     assert model.config.T == 0
 
 
@@ -83,9 +87,9 @@ def test_early_exit_in_a_thread_leaves_other_calls_alone():
         with model.running(4, "stepwise"):
             return model(**inputs).logits
 
-    expected = [call() for call in calls]
-    for found, want in zip(together(calls), expected, strict=True):
-        assert all(torch.equal(each, want) for each in found)
+    exits, at_0, at_4 = assert_alone_as_together(calls)
+    torch.testing.assert_close(exits[-1], at_4)
+    assert exits.shape == (4, *at_4.shape) and not torch.equal(at_0, at_4)
 
 
 @torch.no_grad()

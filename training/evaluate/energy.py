@@ -107,13 +107,7 @@ def count_operations(
     Raises:
         ValueError: for an unknown execution, `T` below 1, a length below 1, or a spike rate missing or outside [0, 1].
     """
-    if execution not in EXECUTIONS:
-        raise ValueError(f"`execution` must be one of {', '.join(EXECUTIONS)}, got {execution!r}.")
-    if execution != "ann" and T < 1:
-        raise ValueError(f"`T` must be at least 1 for execution {execution!r}, got {T}. Use 'ann' for T = 0.")
-    if length < 1 or past < 0:
-        raise ValueError(f"`length` must be at least 1 and `past` at least 0, got {length} and {past}.")
-    keys = past + ((length + 1) / 2 if causal else length)
+    keys = _keys(length, execution, T, past, causal)
     spiking = execution != "ann"
     counted = []
     for part in _parts(core_of(model), length, keys):
@@ -151,7 +145,7 @@ def floating_point(
     times = T if execution in ("stepwise", "accumulated", "replicated") else 1
     more = RUNNING_MEAN if execution == "accumulated" else 0
     layers, heads, width = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
-    per_head = getattr(config, "head_dim", None) or width // heads
+    per_head = _per_head(config)
     shared = getattr(config, "num_key_value_heads", None) or heads
     many = {"q_norm": heads, "k_norm": shared}  # of one norm for all heads
     norms = sum(
@@ -166,7 +160,7 @@ def floating_point(
     function = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None) or "gelu"
     price = ACTIVATION.get(str(function), max(ACTIVATION.values())) + gated * GATE + more
     replaced = any(each.site.at == "activation" and each.layer is not None for each in placed)
-    keys = past + ((length + 1) / 2 if causal else length)
+    keys = _keys(length, execution, T, past, causal)
     found = {
         "norms": norms * times,
         "softmax": layers * heads * (keys * SOFTMAX + per_head * more) * times,
@@ -238,13 +232,12 @@ def energy_report(
     report: dict[str, Any] = {"execution": execution, "T": T, "length": length, **length_settings, **sums}
     report |= {"mac_pj": mac_pj, "ac_pj": ac_pj, "ann_energy_pj": ann, "ratio": sums["energy_pj"] / ann}
     report |= {"reads_ratio": sums["synaptic_reads"] / plain["synaptic_reads"]}
-    common: dict[str, Any] = {"T": T, **length_settings}
-    floating, of_ann = (floating_point(model, length, execution=each, **common) for each in (execution, "ann"))
-    with_floating = [sums["energy_pj"], ann]
-    for index, each in enumerate((floating, of_ann)):
-        with_floating[index] += mac_pj * sum(each.values())
-    report |= {"floating_point": floating, "floating_point_energy_pj": mac_pj * sum(floating.values())}
-    report |= {"ratio_with_floating_point": with_floating[0] / with_floating[1]}
+    floating, of_ann = (
+        floating_point(model, length, execution=each, T=T, **length_settings) for each in (execution, "ann")
+    )
+    extra, extra_ann = (mac_pj * sum(each.values()) for each in (floating, of_ann))
+    report |= {"floating_point": floating, "floating_point_energy_pj": extra}
+    report |= {"ratio_with_floating_point": (sums["energy_pj"] + extra) / (ann + extra_ann)}
     if densities is not None:
         skipping = energy("ann", densities=densities)[1]["energy_pj"]
         report |= {"zero_skipping_ann_energy_pj": skipping}
@@ -253,11 +246,25 @@ def energy_report(
     return report | {"operations": details}
 
 
+def _keys(length: float, execution: str, T: int, past: float, causal: bool) -> float:
+    """Keys that a token attends to on average; raises for settings that nothing can be counted for."""
+    if execution not in EXECUTIONS:
+        raise ValueError(f"`execution` must be one of {', '.join(EXECUTIONS)}, got {execution!r}.")
+    if execution != "ann" and T < 1:
+        raise ValueError(f"`T` must be at least 1 for execution {execution!r}, got {T}. Use 'ann' for T = 0.")
+    if length < 1 or past < 0:
+        raise ValueError(f"`length` must be at least 1 and `past` at least 0, got {length} and {past}.")
+    return past + ((length + 1) / 2 if causal else length)
+
+
+def _per_head(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _parts(model: Any, length: float, keys: float) -> Iterator[_Part]:
     """Every product and neuron site of a model, for sequences of `length` tokens that attend to `keys` on average."""
     config = model.config
-    per_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = keys * config.num_attention_heads * per_head
+    attention = keys * config.num_attention_heads * _per_head(config)
     pools = auto_class(model) != "AutoModelForTokenClassification"
     placed = {site.name: site for site in sites(model)}
     spiked = False
