@@ -12,7 +12,14 @@ from configuration_fas import BACKBONES, FASConfig
 from fas import convert_to_spiking
 from modeling_fas import FASGPT2LMHeadModel
 from training import convert, demo_llm
-from training.calibrate.conversion import convert_and_report, fit_thresholds, summary
+from training.calibrate.conversion import (
+    GAINS,
+    POWERS,
+    _fit,
+    convert_and_report,
+    fit_thresholds,
+    summary,
+)
 from training.layout import sites
 from training.publish.upload import publish
 from training.results import fingerprint, read_results
@@ -314,6 +321,39 @@ def test_help_is_one_page_on_both_ways_and_recipes_say_what_they_miss(capsys):
     assert max(map(len, page.splitlines())) <= 120
     assert convert.command([]) == 1
     assert "`--model_name_or_path` is required" in capsys.readouterr().err
+
+
+def test_a_gain_by_token_takes_the_power_and_end_of_least_error_in_what_follows():
+    spiking = {"sites": "all", "activation": "stock", "L": None, "code": "phase", "T": 3, "schedule": "layerwise"}
+    model = backbones.model("llama", "AutoModelForCausalLM", gain="token", **spiking).begin_calibration(3)
+    placed = next(each for each in sites(model) if each.site.group == "mlp in")
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.randn(32, generator=generator).mul(1.5).exp()
+    values = torch.randn(200, 32, generator=generator) * scale
+    values[::25, 0] *= 40  # massive activations
+    with torch.no_grad():
+        for layer in placed.targets:
+            layer.weight.mul_(torch.randn(32, generator=generator).mul(1.5).exp())
+    assert [layer.weight.shape for layer in placed.targets] == [(48, 32)] * 2  # gate and up
+    weight = sum((layer.weight**2).sum(0) for layer in placed.targets).detach()
+
+    def error(power, gain, weight):
+        rms = (values**2).mean(0).sqrt().clamp(min=0.05 * (values**2).mean().sqrt())
+        theta = rms**power * gain * (values / rms**power).abs().amax(-1, keepdim=True)
+        emitted = (values / theta * 7 + 0.5).floor().clamp(-7, 7) / 7 * theta
+        return ((emitted - values) ** 2 * weight).mean().item()
+
+    def best(weight):
+        return min((error(power, gain, weight), power, gain) for power in POWERS for gain in GAINS)[1:]
+
+    power, gain = best(weight)
+    assert power < 1 and best(torch.ones(32)) != (power, gain)
+    with torch.no_grad():
+        _fit(placed, values)
+    rms = (values**2).mean(0).sqrt().clamp(min=0.05 * (values**2).mean().sqrt())
+    torch.testing.assert_close(placed.neuron.fine_threshold.data, rms**power)
+    assert placed.neuron.gain.item() == pytest.approx(gain)
+    assert min(POWERS) < 0.8 and max(POWERS) == 1  # SmolLM2 takes 0.6 to 0.8
 
 
 # ---------------------------------------------------------------------------------------------------------------------

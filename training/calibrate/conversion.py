@@ -262,12 +262,11 @@ def fit_thresholds(
     handles = []
     bar = tqdm(total=len(model.neurons()), desc="thresholds", unit="site", disable=not progress)
     for placed in sites(model):
-        weight = _weight(placed)
 
-        def choose(neuron: Any, given: tuple, name: str = placed.name, weight: Any = weight) -> None:
-            values = given[0].flatten(0, -2)
+        def choose(neuron: Any, given: tuple, placed: Placed = placed) -> None:
+            name, values = placed.name, given[0].flatten(0, -2)
             values = values if tokens is None or name in whole or len(values) != len(tokens) else values[tokens]
-            found[name] = _fit(neuron, values, weight)
+            found[name] = _fit(placed, values)
             bar.update()
 
         handles.append(placed.neuron.register_forward_pre_hook(choose))
@@ -305,14 +304,15 @@ def _weight(placed: Placed) -> torch.Tensor | None:
     return sum(square.sum(0 if isinstance(layer, nn.Linear) else 1) for square, layer in layers)
 
 
-def _fit(neuron: FASNeuron, values: torch.Tensor, weight: torch.Tensor | None = None) -> dict[str, float]:
+def _fit(placed: Placed, values: torch.Tensor) -> dict[str, float]:
     """Set the fine thresholds of a site (and its gain) to the best for the values `(N, D)` that it reads."""
-    values = values.float()
+    neuron, values = placed.neuron, values.float()
     scale = values.square().mean(0).sqrt()
     least_share = LEAST_SHARE["static" if neuron.gain is None else "token"]
     scale = scale.clamp(min=least_share * values.square().mean().sqrt()).clamp(min=1e-4)
     fine: Any = neuron.fine_threshold
     if neuron.gain is not None:
+        weight = _weight(placed)
         tried: list[tuple[float, float, float]] = []
         for power in POWERS:
             fine.copy_(scale**power)
