@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/accumulated.py [--task prose] [--seed 0 1 2] [--T 2 4 8]
 
 Judges each schedule by its score and by the divergence of its logits from those of QCFS: Kullback-Leibler, or the
-squared error of a regression. Models and data are those of `benchmarks/calibration_quality.py`. A row is saved as it
-ends; the same command goes on from there.
+squared error of a regression. The classifiers are trained out (`benchmarks/trained_out.py`), the language model is that
+of `benchmarks/calibration_quality.py`. A row is saved as it ends; the same command goes on from there.
 """
 
 import argparse
@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 
 import torch
-from _calibration_tasks import TASKS
+from _calibration_tasks import Prose
+from trained_out import TASKS as TRAINED_OUT
 from transformers.utils import logging
 
 from training.calibrate import coarse_search
@@ -22,6 +23,7 @@ from training.results import commit, fingerprint, markdown_table, read_results, 
 
 RESULTS = Path(__file__).parent / "results" / "accumulated"
 SEARCH_ROWS = 64
+TASKS = {"prose": Prose, **TRAINED_OUT}
 
 
 @torch.no_grad()
@@ -64,7 +66,7 @@ def rows_of(task, seed, timesteps, done):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=["prose", "sst2", "cola", "stsb"])
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--T", nargs="+", type=int, default=[2, 4, 8])
     args = parser.parse_args()
