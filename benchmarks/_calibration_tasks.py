@@ -28,9 +28,9 @@ def _parquet(path, split):
     return load_dataset("parquet", data_files={split: str(SHARED / "data" / path / f"{split}.parquet")}, split=split)
 
 
-def finetune(model, batches, lr, threshold_lr, embeddings=False):
+def finetune(model, batches, lr, threshold_lr):
     """One pass over the batches: AdamW, linear warm-up and decay, thresholds with a rate of their own."""
-    model.get_input_embeddings().requires_grad_(embeddings)  # not, to save time
+    model.get_input_embeddings().requires_grad_(False)  # to save time
     own = [p for n, p in model.named_parameters() if n.endswith("threshold")]
     rest = [p for n, p in model.named_parameters() if p.requires_grad and not n.endswith("threshold")]
     optimizer = torch.optim.AdamW(

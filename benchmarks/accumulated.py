@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/accumulated.py [--task prose] [--seed 0 1 2] [--T 2 4 8]
 
 Judges each schedule by its score and by the divergence of its logits from those of QCFS: Kullback-Leibler, or the
-squared error of a regression. Classifiers are trained out (`benchmarks/trained_out.py`); the language model is that
+squared error of a regression. Classifiers are those of `benchmarks/trained_out.py`; the language model is that
 of `benchmarks/calibration_quality.py`. A row is saved as it ends; the same command goes on from there.
 """
 
