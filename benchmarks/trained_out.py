@@ -1,4 +1,4 @@
-"""GLUE tasks on all-MiniLM-L6-v2 with longer training than calibration's: all training rows, several epochs of GELU."""
+"""GLUE tasks on all-MiniLM-L6-v2, trained longer than calibration's: all training rows, several epochs of GELU."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class TrainedOut(Glue):
         return {
             "model": "all-MiniLM-L6-v2",
             "evaluation_rows": len(self.evaluation),
-            "gelu": f"{self.epochs[self.name]} epochs on all training rows (SST-2: nine tenths), the same for every seed",
+            "gelu": f"{self.epochs[self.name]} epochs on all training rows (SST-2: nine tenths), one for all seeds",
             "qcfs": f"one epoch on {self.qcfs_rows or 'all'} rows from the GELU model; rows and order by seed",
             "rates": {kind: rates[self.name] for kind, rates in self.rates.items()},
             "stock": self.evaluate(self.gelu())[0],
