@@ -17,7 +17,7 @@ from training.evaluate import SpikeMonitor, energy_report, measurement
 from training.evaluate.command import main
 from training.evaluate.examples import windows
 from training.evaluate.measurement import early_exit_curve, evaluate, make_batches, measure_latency
-from training.evaluate.rows import Mode
+from training.evaluate.rows import Mode, quality_of
 from training_helpers import save_bert, save_gpt2, write_corpus, write_lines, write_reviews
 
 
@@ -103,7 +103,7 @@ def test_task_metrics_are_those_of_single_sentences(metric):
 def test_early_exit_equals_shorter_runs(kind):
     model, metric = calibrated(kind), "perplexity" if kind == "gpt2" else "mnli"
     examples = texts() if kind == "gpt2" else sentences()
-    curve = early_exit_curve(model, make_batches(examples, 3), 4, metric=metric, progress=False)
+    curve = early_exit_curve(model, make_batches(examples, 3), 4, quality=quality_of(metric), progress=False)
     shorter = evaluate(model, examples, metric=metric, timesteps=[1, 2, 3, 4], schedules=["stepwise"], batch_size=3)
     assert shorter["early_exit"] == {"schedule": "stepwise", "T": 4, "curve": curve}
     assert [point["t"] for point in curve] == [1, 2, 3, 4]
@@ -180,7 +180,7 @@ def test_interrupted_it_goes_on_with_what_is_missing(monkeypatch):
         evaluate(model, examples, **settings, on_result=interrupt)
     measured = []
     measure = measurement._measure
-    monkeypatch.setattr(measurement, "_measure", lambda *args: measured.append(args[2]) or measure(*args))
+    monkeypatch.setattr(measurement, "_measure", lambda *args: measured.append(args[1]) or measure(*args))
     rest = evaluate(model, examples, **settings, finished=saved[-1])
     assert [str(mode) for mode in measured] == ["layerwise T = 1", "layerwise T = 2"]
     untimed = [[{**row, "seconds": None} for row in results["rows"]] for results in (rest, whole)]
@@ -245,16 +245,16 @@ def test_windows_to_a_limit():
         ({"schedules": ["sideways"]}, "`schedules` must be some of stepwise, layerwise"),
         ({"metric": "perplexity"}, "`metric` must be one of cola"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
-        ({"examples": []}, "`examples` must not be empty"),
-        ({"examples": [{"input_ids": [1, 2]}]}, "`input_ids` and `labels`, got number 0 without"),
+        ({"data": []}, "`data` must be texts, a data set or tokenized examples, at least one"),
+        ({"data": [*sentences(1), {"input_ids": [1, 2]}]}, "input_ids and labels, got number 1 without"),
         ({"model": torch.nn.Linear(2, 2)}, "`model` must be a FAS model, got Linear"),
-        ({"model": tiny.model("mlm")}, "`model` must have a language modelling or classification head"),
+        ({"model": tiny.model("mlm")}, "`metric` must be one of perplexity for FASBertForMaskedLM"),
     ],
 )
 def test_bad_arguments(settings, message):
     with pytest.raises(ValueError, match=message):
         evaluate(
-            **{"model": tiny.model("classify"), "examples": sentences(), "metric": "mnli", "timesteps": [2]} | settings
+            **{"model": tiny.model("classify"), "data": sentences(), "metric": "mnli", "timesteps": [2]} | settings
         )
 
 
@@ -330,10 +330,10 @@ def test_command_line_for_a_language_model(folder, tmp_path):
 def test_interrupted_command_line_keeps_rows(folder, tmp_path, monkeypatch):
     measure = measurement._measure
 
-    def interrupted(model, batches, mode, *args):
+    def interrupted(run, mode):
         if mode.schedule == "layerwise":
             raise KeyboardInterrupt
-        return measure(model, batches, mode, *args)
+        return measure(run, mode)
 
     monkeypatch.setattr(measurement, "_measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -352,7 +352,6 @@ def test_interrupted_command_line_keeps_rows(folder, tmp_path, monkeypatch):
     [
         ("{0}/stock", "`checkpoint` must be a FAS checkpoint, got .* of type 'bert'"),
         ("{0}/nowhere", "`checkpoint` must be a FAS checkpoint"),
-        ("{0}/mlm", "`checkpoint` must be one of .*, got 'FASBertForMaskedLM'"),
         ("{0}/bert --T 0 2", r"`timesteps` must be .*, got \[0, 2\]"),
         ("{0}/bert --T -3", r"`timesteps` must be .*, got \[-3\]"),
         ("{0}/bert --stock {0}/nowhere", "`--stock` must be a checkpoint that can be read"),

@@ -36,6 +36,28 @@ class Weighed:
     site: str | None
 
 
+def spikes_by_itself(config: Any) -> bool:
+    """Whether a configuration describes a network that spikes without QCFS before it, as conversion makes them.
+
+    Its T and its schedule are what it is trained and judged at; all others are trained at T = 0.
+    """
+    return config.code != "rate" or config.L is None or config.sites != "mlp"
+
+
+def schedule_to_train(config: Any) -> str:
+    """Schedule to calibrate by: stepwise, unless the network spikes by itself, in one of its own."""
+    if spikes_by_itself(config):
+        return config.schedule if config.schedule in config.schedules else config.schedules[0]
+    return "stepwise"
+
+
+def is_untrained(model: Any) -> bool:
+    """Whether a QCFS network was never fine-tuned: it has every threshold where it started."""
+    start = model.config.initial_threshold
+    fresh = all(bool((neuron.threshold == start).all()) for _, neuron in model.neurons())
+    return fresh and not spikes_by_itself(model.config)
+
+
 def core_of(model: Any) -> Any:
     """The FAS model itself, below whatever wraps it.
 
@@ -51,6 +73,15 @@ def core_of(model: Any) -> Any:
 def auto_class(model: Any) -> str:
     """The Auto class that loads models of its kind."""
     return next(auto for auto, name in model.config.table.models.items() if name == type(model).__name__)
+
+
+def label(site: str) -> str:
+    """What people are told a site is called, from its name: its block and its module, `3 mlp.act`; else its module."""
+    parts = site.removesuffix(".site").split(".")
+    block = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if block is None:
+        return ".".join(parts[-2:])
+    return " ".join([parts[block], ".".join(parts[block + 1 :][-2:])])
 
 
 def predicts_next(model: Any) -> bool:

@@ -53,6 +53,15 @@ def write_results(
         command: The command line that repeats it; that of this process by default.
         **more: Further top-level fields.
     """
+    record = results_of(metrics, configuration, command, **more)
+    write_json(path, record)
+    return record
+
+
+def results_of(
+    metrics: Any, configuration: Any, command: str | Sequence[str] | None = None, **more: Any
+) -> dict[str, Any]:
+    """What [`write_results`] writes."""
     if command is None:
         command = [os.path.basename(sys.executable), *_python_command()]
     record = {
@@ -66,7 +75,6 @@ def write_results(
         **plain(more),
     }
     record["sha256"] = checksum(record)
-    write_json(path, record)
     return record
 
 
@@ -114,6 +122,12 @@ def fault_of(row: Mapping[str, Any]) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return f"`{name}` {value!r:.40}, no finite number, at T = {row['T']}"
     return None
+
+
+def mode_name(row: Mapping[str, Any]) -> str:
+    """What a reader is told of the mode of a row; the ANN of a network without levels is the stock model."""
+    stock = row["mode"] == "qcfs" and "L" in row and row["L"] is None
+    return MODES["stock" if stock else row["mode"]]
 
 
 def checksum(record: Mapping[str, Any]) -> str:

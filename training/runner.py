@@ -36,10 +36,11 @@ from .commands import only_run
 from .data import AnyDataset, blocks
 from .distillation import FASDistillationTrainer, check_settings
 from .evaluate.trainer import evaluate_trainer, warn_after_training
+from .layout import is_untrained, schedule_to_train, spikes_by_itself
 from .results import fingerprint, flat, markdown_table, read_results, write_results
 from .resume import checkpoint_to_resume, settings_of
 from .shards import check_shards
-from .trainers import FASCalibrationTrainer, FASTrainer, schedule_to_train, spikes_by_itself
+from .trainers import FASCalibrationTrainer, FASTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -319,9 +320,7 @@ def load_model(run: Run, **settings: Any) -> Any:
 
 def _begin_calibration(run: Run, model: Any) -> None:
     """Give a model fine thresholds; one that has them goes on from where it is."""
-    thresholds = [neuron.threshold for _, neuron in model.neurons()]
-    untrained = all(bool((threshold == model.config.initial_threshold).all()) for threshold in thresholds)
-    if untrained and not spikes_by_itself(model.config):
+    if is_untrained(model):
         raise ValueError(
             "`--model_name_or_path` must be fine-tuned with QCFS before --stage calibrate, got "
             f"{run.model.model_name_or_path!r} with every threshold at its start. Run --stage downstream first."

@@ -74,3 +74,20 @@ def sentencepiece_tokenizer(path: Path, causal: bool) -> PreTrainedTokenizerBase
             f"that is {'' if causal else 'not '}causal, got {str(path)!r}, whose tokens transformers cannot reproduce."
         )
     return tokenizer
+
+
+def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
+    """The tokenizer given, or that of the folder or name that a model came from.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if tokenizer is not None:
+        return tokenizer
+    source = getattr(model, "name_or_path", "")
+    try:
+        if not source:
+            raise ValueError("it comes from no folder")
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`tokenizer` must be given for this model, got None: {error}.") from error

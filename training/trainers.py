@@ -16,6 +16,7 @@ from modeling_fas import FASMixin
 from .arguments import check_number
 from .calibrate.loss import calibration_loss, freeze_for_calibration
 from .checkpoints import is_complete, last_complete, remove, rotate, whole_or_nothing
+from .layout import schedule_to_train
 from .publish.upload import PublishMixin
 from .results import write_json
 from .resume import RUN_FILE
@@ -29,21 +30,6 @@ AVERAGING = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification
 def is_threshold(name: str) -> bool:
     """Return whether a parameter is a threshold, fine or not, an initial potential or the gain of a site."""
     return name.endswith(THRESHOLD_NAMES)
-
-
-def spikes_by_itself(config: Any) -> bool:
-    """Whether a configuration describes a network that spikes without QCFS before it, as conversion makes them.
-
-    Its T and its schedule are what it is trained and judged at; all others are trained at T = 0.
-    """
-    return config.code != "rate" or config.L is None or config.sites != "mlp"
-
-
-def schedule_to_train(config: Any) -> str:
-    """Schedule to calibrate by: stepwise, unless the network spikes by itself, in one of its own."""
-    if spikes_by_itself(config):
-        return config.schedule if config.schedule in config.schedules else config.schedules[0]
-    return "stepwise"
 
 
 def idle_parameters(model: nn.Module) -> list[nn.Parameter]:

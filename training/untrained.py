@@ -24,7 +24,7 @@ from .commands import only_run
 from .data import check_texts, load_raw, require_columns, text_column
 from .evaluate import SpikeMonitor, energy_report, evaluate
 from .evaluate.examples import load_examples, windows
-from .evaluate.measurement import make_batches
+from .evaluate.measurement import ROWS_ALONE, make_batches
 from .evaluate.rows import PERPLEXITY
 from .layout import auto_class, predicts_next
 from .results import fingerprint, markdown_table, write_results
@@ -307,7 +307,7 @@ def _measured(model: Any, examples: Any, metric: str, tokenizer: Any) -> list[di
         schedules=[schedule],
         batch_size=1 if predicts_next(model) else 8,
         pad_token_id=tokenizer.pad_token_id or 0,
-        finished={"early_exit": None, "latency": None},  # are not asked for
+        finished=ROWS_ALONE,
     )
     model.set_timesteps(T, schedule)
     stock, spiking = metrics["rows"]

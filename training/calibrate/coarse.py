@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 from neurons_fas import MIN_THRESHOLD, integrate_and_fire, spike_rate
 from sites_fas import FASNeuron
 
-from ..layout import pooled, predicts_next
+from ..layout import pooled
 from .conversion import fit_thresholds
-from .loss import check_calibratable, describe_sites, output_error, real_tokens, recorded
+from .loss import answer, check_calibratable, describe_sites, error_of_output, real_tokens, recorded
 
 
 PUBLISHED_PAIR = (0.6, 0.2)
@@ -84,7 +84,7 @@ def coarse_search(
     model.eval()
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
     with model.running(0), recorded(model) as targets:
-        teacher = model(**inputs)["logits"]
+        teacher = answer(model(**inputs))
     mask = real_tokens(inputs, teacher)
     rows = mask.flatten().nonzero().squeeze(-1)
     rows = rows[torch.linspace(0, len(rows) - 1, min(max_tokens, len(rows)), device=rows.device).long()]
@@ -103,7 +103,7 @@ def coarse_search(
                 return _choose(neuron, hidden_states, targets[name].average, judged, pairs, per_neuron, weight)
 
             found, logits = _search_pass(model, inputs, choose, bar)
-            error = output_error(logits, teacher, predicts_next(model), mask).item()
+            error = error_of_output(model, logits, teacher, mask).item()
             if best[2] is None or error < best[0]:
                 best = (error, found, [_fine_parameters(neuron) for _, neuron in model.neurons()])
     for (_, neuron), (threshold, potential) in zip(model.neurons(), best[2], strict=True):
@@ -129,7 +129,7 @@ def _search_pass(model, inputs, choose, bar) -> tuple[dict[str, dict[str, float]
 
     handles = [neuron.register_forward_pre_hook(before(name)) for name, neuron in model.neurons()]
     try:
-        return found, model(**inputs)["logits"]
+        return found, answer(model(**inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -175,13 +175,16 @@ def _errors(neuron, steps, target, scale, potential) -> tuple[torch.Tensor, torc
     return (average - target).square().mean(0), variance.mean(0)
 
 
-def start_calibration(model: Any, inputs: Mapping[str, torch.Tensor], coarse: str = "search") -> dict[str, Any]:
+def start_calibration(
+    model: Any, inputs: Mapping[str, torch.Tensor], coarse: str = "search", *, progress: bool = True
+) -> dict[str, Any]:
     """Set the start of gradient calibration on one batch.
 
     Args:
         model: With fresh fine parameters.
         inputs: Of the model, `(B, S)`.
         coarse: `"search"`, `"published"` (0.6 and 0.2 of the threshold, everywhere) or `"none"`.
+        progress: Whether to show a progress bar.
 
     Returns:
         [`describe_sites`] at stage `uncalibrated` and, unless `"none"`, `coarse`: what [`save_record`] takes. The
@@ -200,9 +203,10 @@ def start_calibration(model: Any, inputs: Mapping[str, torch.Tensor], coarse: st
     found: dict[str, dict[str, float]] = {}
     if coarse == "search" and fitted:
         model.eval()
-        fit_thresholds(model, {name: value for name, value in inputs.items() if name != "labels"}, config.calib_T)
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        fit_thresholds(model, given, config.calib_T, progress=progress)
     elif coarse == "search":
-        found = coarse_search(model, inputs)
+        found = coarse_search(model, inputs, progress=progress)
     else:
         for _, neuron in model.neurons():
             set_pair(neuron, *PUBLISHED_PAIR)

@@ -40,8 +40,8 @@ class CalibrationLoss:
         loss: The scalar to minimise.
         sites: Alignment error of every site, by name, in the order they run in.
         variances: Variance over time of what every site emits, in the same way; 0 in layerwise mode.
-        output: Error of the logits.
-        logits: Of the spiking network, detached.
+        output: Error of the logits, or of the hidden states of a model without a head.
+        logits: Of the spiking network, detached; hidden states of a model without a head.
         teacher_logits: Of the ANN.
     """
 
@@ -70,7 +70,7 @@ def calibration_loss(
     its modules. Dropout must be off, or the target is noise: [`freeze_for_calibration`] sees to it.
 
     Args:
-        model: A FAS model with a head and fine parameters; may be wrapped for data-parallel training.
+        model: A FAS model with fine parameters; may be wrapped for data-parallel training.
         inputs: Of the model, `(B, S)`; `labels` are dropped.
         site_weight: Weight of the sum of the site errors; 1 is published.
         output_weight: Weight of the output error; at 0 it is reported and takes no part.
@@ -79,8 +79,9 @@ def calibration_loss(
             reduction, which knows no such term.
         reduction: `"tokens"`: means over what is not padding: the squared error of a site, the KL divergence of the
             ANN's distribution from the spiking one (causal: where a next token follows), the squared error of a
-            regression. `"published"`: as the published code has it: padding counts, and the divergence of a causal
-            model is summed over positions and divided by the batch. (Its weight of the output is 0 for encoders.)
+            regression, the relative one of hidden states. `"published"`: as the published code has it: padding counts,
+            and the divergence of a causal model is summed over positions and divided by the batch. (Its weight of the
+            output is 0 for encoders.)
         num_rows: Rows of the accumulated batch, where this is a part of it; B by default.
         num_tokens: Its tokens without padding, in the same way.
 
@@ -101,10 +102,10 @@ def calibration_loss(
         given["use_cache"] = False
 
     with torch.no_grad(), core.running(0), recorded(core) as targets:
-        teacher_logits = model(**given)["logits"]
+        teacher_logits = answer(model(**given))
     core.set_timesteps(core.config.calib_T)
     with recorded(core) as averages:
-        logits = model(**given)["logits"]
+        logits = answer(model(**given))
     if torch.is_grad_enabled() and any(
         neuron.fine_threshold.requires_grad and not averages[name].average.requires_grad
         for name, neuron in core.neurons()
@@ -126,7 +127,7 @@ def calibration_loss(
         errors = (average - targets[name].average.float()).square()
         sites[name] = _mean_of_site(errors, rows, mask, num_rows, num_tokens)
         variances[name] = _mean_of_site(spread, rows, mask, num_rows, num_tokens)
-    output = output_error(logits, teacher_logits, predicts_next(core), mask, num_rows, num_tokens)
+    output = error_of_output(core, logits, teacher_logits, mask, num_rows, num_tokens)
     loss = site_weight * torch.stack(list(sites.values())).sum()
     if variance_weight:
         loss = loss + site_weight * variance_weight * torch.stack(list(variances.values())).sum()
@@ -201,14 +202,32 @@ def save_record(folder: str | os.PathLike, model: Any, stages: Mapping[str, Any]
     write_json(Path(folder) / RECORD_FILE, {**settings, **more, "stages": stages})
 
 
+@contextmanager
+def uncalibrated(model: Any) -> Iterator[None]:
+    """Inside, a network with fine parameters runs as it would without them."""
+    neurons = [neuron for _, neuron in model.neurons()]
+    kept = [(neuron.fine_threshold.detach().clone(), neuron.initial_potential.detach().clone()) for neuron in neurons]
+    with torch.no_grad():
+        for neuron in neurons:
+            neuron.fine_threshold.copy_(neuron.threshold.expand_as(neuron.fine_threshold))
+            neuron.initial_potential.fill_(0.5)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for neuron, (threshold, potential) in zip(neurons, kept, strict=True):
+                neuron.fine_threshold.copy_(threshold)
+                neuron.initial_potential.copy_(potential)
+
+
 def check_calibratable(model: Any) -> None:
     """Raise for a model that has no fine parameters, or whose thresholds went into its weights."""
     if model.config.calib_T is None:
         raise ValueError("`model` must have fine thresholds to calibrate. Call model.begin_calibration(T) first.")
     if model.config.folded:
         raise ValueError("`model` must not be folded: calibrate before its thresholds go into its weights.")
-    if auto_class(model) in ("AutoModel", "AutoModelForQuestionAnswering"):
-        raise ValueError(f"`model` must have a head with one output to compare, got {type(model).__name__}.")
+    if auto_class(model) == "AutoModelForQuestionAnswering":
+        raise ValueError(f"`model` must have one output to compare, got {type(model).__name__}, which has two.")
 
 
 @dataclass
@@ -286,6 +305,23 @@ def _mean_of_site(values, rows, mask, num_rows, num_tokens) -> torch.Tensor:
     if rows is None:
         return values.mean(-1).sum() / num_rows
     return values.mean(-1).view(rows).masked_fill(~mask, 0).sum() / num_tokens
+
+
+def answer(output: Any) -> torch.Tensor:
+    """What the output of a network is judged by: its logits, or without a head its last hidden states."""
+    return output["logits"] if "logits" in output else output["last_hidden_state"]
+
+
+def error_of_output(core: Any, given: torch.Tensor, wanted: torch.Tensor, mask: Any, *counts: Any) -> torch.Tensor:
+    """[`output_error`] of logits; of hidden states the squared error over the square, a mean over real tokens."""
+    if auto_class(core) != "AutoModel":
+        return output_error(given, wanted, predicts_next(core), mask, *counts)
+    given, wanted = given.float(), wanted.float()
+    errors = (given - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)
+    if mask is None:
+        return errors.mean()
+    tokens = counts[1] if len(counts) > 1 and counts[1] is not None else mask.sum()
+    return errors.masked_fill(~mask, 0).sum() / tokens
 
 
 def output_error(

@@ -1,8 +1,18 @@
-"""What a model spikes, costs and achieves: measurement, monitors, energy, and a report on them."""
+"""What a model spikes, costs and achieves: measurement, monitors, spike trains, energy, and a report on them."""
 
 from .energy import count_operations, energy_report
+from .evaluation import Evaluation
 from .measurement import evaluate
 from .monitors import SiteErrors, SpikeMonitor
+from .recorder import SpikeRecorder
 
 
-__all__ = ["SiteErrors", "SpikeMonitor", "count_operations", "energy_report", "evaluate"]
+__all__ = [
+    "Evaluation",
+    "SiteErrors",
+    "SpikeMonitor",
+    "SpikeRecorder",
+    "count_operations",
+    "energy_report",
+    "evaluate",
+]

@@ -7,6 +7,7 @@ rows that are finished, and the same command goes on from there.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
-from transformers.utils import logging
 
 import modeling_fas
 from configuration_fas import SCHEDULES, FASConfig
@@ -25,15 +25,13 @@ from ..commands import only_run
 from ..results import fingerprint, plain, read_results, write_results
 from ..shards import check_shards
 from .energy import AC_PJ, MAC_PJ, check_prices
+from .evaluation import RESULTS_FILE, summary
 from .examples import load_examples
-from .measurement import check_timesteps, evaluate
+from .measurement import MEASURED, check_timesteps, evaluate
 from .report import write_report
 
 
-logger = logging.get_logger(__name__)
-
-RESULTS_FILE = "results.json"
-MEASURED = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+logger = logging.getLogger(__name__)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,7 +41,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="--debug shows the traceback of an error.",
     )
     add = parser.add_argument
-    add("checkpoint", help="FAS causal language model, classifier or regressor: a folder, or a name on the Hub")
+    add(
+        "checkpoint",
+        help="FAS language model (causal or masked), classifier, regressor, or model without a head: a folder, or a "
+        "name on the Hub",
+    )
     add("--stock", help="the model before conversion, to compare with")
     add("--T", type=int, nargs="+", default=[2, 4, 8], help="timesteps (default: 2 4 8)")
     add(
@@ -60,7 +62,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--text_columns", nargs="+", default=[], help="column of the text, or the two of a pair")
     add("--label_column", default="label", help="column of the label (default: label)")
     add("--limit", type=int, help="use the first so many examples; of a text, so many windows")
-    add("--max_seq_length", type=int, help="longest input of a classifier (default: 128)")
+    add("--max_seq_length", type=int, help="longest text of what is no causal model (default: 128)")
     add("--window", type=int, help="tokens of a window of text (default: the positions of the model, at most 1024)")
     add("--stride", type=int, help="tokens from one window to the next (default: the window, no overlap)")
     add("--add_eos", action="store_true", help="end every document with the end-of-text token")
@@ -169,6 +171,8 @@ def _measured(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str,
             timesteps=args.T,
             schedules=args.schedule,
             stock=stock,
+            tokenizer=tokenizer,
+            configuration=configuration,
             split=args.eval_split,
             batch_size=args.batch_size,
             pad_token_id=tokenizer.pad_token_id or 0,
@@ -181,7 +185,8 @@ def _measured(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str,
         logger.warning(f"Interrupted: {path} has the rows that were finished. The same command goes on from there.")
         raise
     save(metrics, "complete")
-    write_report(path)
+    report = write_report(path)
+    logger.info(f"\n{summary(metrics)}\n\nThe report is {report}")
     return read_results(path)
 
 

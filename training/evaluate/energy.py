@@ -7,13 +7,19 @@ schedules. All other products are MACs, once per time they run.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from configuration_fas import positions_of
+
 from ..layout import MEETS, Placed, auto_class, core_of, products, sites
+from ..results import markdown_table
+from ..tokenization import tokenizer_of
+from .monitors import SpikeMonitor
 
 
 MAC_PJ = 4.6  # picojoules per 32-bit float multiply-accumulate at 45 nm (Horowitz 2014)
@@ -244,6 +250,101 @@ def energy_report(
         report |= {"ratio_to_zero_skipping_ann": sums["energy_pj"] / skipping}
     details = [asdict(each) | {"energy_pj": each.energy_pj(mac_pj, ac_pj)} for each in operations]
     return report | {"operations": details}
+
+
+class Energy(dict):
+    """What [`energy`] found; shown as a table of products."""
+
+    def __repr__(self) -> str:
+        rows: dict[str, dict[str, Any]] = {}
+        for each in self["operations"]:
+            row = rows.setdefault(each["part"], {"part": each["part"], "MACs, M": 0.0, "ACs, M": 0.0, "µJ": 0.0})
+            row["MACs, M"] += each["effective_macs"] / 1e6
+            row["ACs, M"] += (each["effective_acs"] + each["membrane_updates"]) / 1e6
+            row["µJ"] += each["energy_pj"] / 1e6
+        how = f"{self['execution']} T = {self['T']}" if self["execution"] != "ann" else "the ANN"
+        head = f"Energy a token, {how}, {self['length']:.4g} tokens: {self['energy_pj'] / 1e6:.4g} µJ, "
+        head += f"{self['ratio']:.3f} of the ANN's; weights read: {self['reads_ratio']:.3f} of the ANN's"
+        return f"{head}\n\n{markdown_table(list(rows.values()))}"
+
+
+def energy(
+    model: nn.Module,
+    inputs: float | Sequence[str] | Mapping[str, Any],
+    *,
+    T: int | None = None,
+    schedule: str | None = None,
+    spike_rates: float | Mapping[str, float] | None = None,
+    tokenizer: Any = None,
+    past: float = 0,
+    causal: bool = False,
+    mac_pj: float = MAC_PJ,
+    ac_pj: float = AC_PJ,
+) -> Energy:
+    """Energy per token of a model as it is set, beside the same ANN, by [`energy_report`].
+
+    Args:
+        model: A FAS model.
+        inputs: Texts, or a batch of the model, `(B, S)`, to measure spike rates on; or a number of tokens, for
+            `spike_rates` that are known.
+        T: Timesteps, by default those that the model is set to; 0 is the ANN.
+        schedule: By default that of the model.
+        spike_rates: Of all sites, or by site; measured on `inputs` by default.
+        tokenizer: Of texts; by default that of the folder that the model came from.
+        past: Tokens in the key-value cache before the sequence.
+        causal: Count only the attention that a causal mask leaves, rather than the full square that runs.
+        mac_pj: Picojoules per multiply-accumulate.
+        ac_pj: Picojoules per accumulate.
+
+    Returns:
+        What [`energy_report`] says, with `spike_rate`, spikes per neuron and timestep; its `repr` is a table.
+
+    Raises:
+        ValueError: for a number of tokens without `spike_rates`, texts without a tokenizer, or settings that the
+            model refuses.
+    """
+    core: Any = core_of(model)
+    T, schedule = core.config.T if T is None else T, schedule or core.config.schedule
+    settings: dict[str, Any] = {"past": past, "causal": causal, "mac_pj": mac_pj, "ac_pj": ac_pj}
+    if isinstance(inputs, int | float):
+        if T and spike_rates is None:
+            raise ValueError(
+                f"`spike_rates` must be given for a number of tokens, {inputs}, at T = {T}, got None. Give texts or a "
+                "batch as `inputs` to measure them."
+            )
+        length, rate = float(inputs), spike_rates if isinstance(spike_rates, int | float) else None
+    else:
+        batch = _batch(core, inputs, tokenizer)
+        mask = batch.get("attention_mask")
+        length = batch["input_ids"].shape[1] if mask is None else float(mask.sum() / len(mask))
+        training = core.training
+        with core.eval().running(T, schedule), SpikeMonitor(core) as monitor, torch.no_grad():
+            core(**batch)
+        core.train(training)
+        rate = monitor.spike_rate if T else None
+        spike_rates = monitor.spike_rates() if spike_rates is None else spike_rates
+    execution = schedule if T else "ann"
+    report = energy_report(core, length, execution=execution, T=T, spike_rates=spike_rates, **settings)
+    return Energy({"spike_rate": rate, **report})
+
+
+def _batch(model: Any, inputs: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
+    """Texts, or what is a batch already, as the model takes them."""
+    if isinstance(inputs, str):
+        raise ValueError("`inputs` must be texts, a batch or a number of tokens, got one text. Put it in a list.")
+    if not isinstance(inputs, Mapping):
+        tokenizer = tokenizer_of(model, tokenizer)
+        rows = [tokenizer(text, truncation=True, max_length=positions_of(model.config)) for text in inputs]
+        width = max((len(row["input_ids"]) for row in rows), default=0)
+        if not width:
+            raise ValueError("`inputs` must hold texts of at least one token, got none.")
+        ids = [row["input_ids"] for row in rows]
+        fill = [tokenizer.pad_token_id or 0]
+        inputs = {
+            "input_ids": torch.tensor([each + fill * (width - len(each)) for each in ids]),
+            "attention_mask": torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in ids]),
+        }
+    return {name: value.to(model.device) for name, value in inputs.items() if name != "labels"}
 
 
 def _keys(length: float, execution: str, T: int, past: float, causal: bool) -> float:

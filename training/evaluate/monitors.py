@@ -139,6 +139,10 @@ class _SiteHooks:
         mask, ids = given.get("attention_mask"), given.get("input_ids")
         length = (given["inputs_embeds"] if ids is None else ids).shape[1]
         self._mask = mask[:, -length:] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        self._see_call(given)
+
+    def _see_call(self, given: Mapping[str, Any]) -> None:
+        """See what the trunk is called with."""
 
     def _weights(self, name: str, output: torch.Tensor) -> torch.Tensor:
         """Weight of each row and position, `output.shape[:-1]`; a pooled site has rows only."""

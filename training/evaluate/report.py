@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from ..results import MODES, code, escaped, escaped_row, fault_of, markdown_table, read_results
 from .energy import NOT_COUNTED
+from .evaluation import headline as headline_of
 
 
 PARTS = {
@@ -28,8 +29,6 @@ PARTS = {
 }
 COLOURS = {"attention": "#4c78a8", "mlp in": "#72b7b2", "mlp out": "#f58518", "head": "#b0b0b0", "membrane": "#b279a2"}
 SCHEDULE_COLOURS = {"stepwise": "#d62728", "layerwise": "#1f77b4", "accumulated": "#2ca02c"}
-# The quality to plot: the first of these that was measured.
-HEADLINES = ("perplexity", "matthews_correlation", "spearmanr", "f1", "accuracy")
 
 NOTES = {
     "QCFS ANN": "is the quantisation baseline: the same network with its activations plainly quantised to L levels, "
@@ -96,11 +95,7 @@ def write_report(path: str | Path) -> Path:
 
 def headline(results: Mapping[str, Any]) -> str:
     """Name of the quality that plots show."""
-    quality = results["metrics"]["rows"][0]["quality"]
-    known = [name for name in HEADLINES if name in quality]
-    if not known:
-        raise ValueError(f"a quality of none of {', '.join(HEADLINES)}")
-    return known[0]
+    return headline_of(results["metrics"]["rows"])
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -114,7 +109,7 @@ def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     ]
     if latency:
         found["Latency"] = latency
-    if "early_exit" in metrics:
+    if metrics.get("early_exit"):
         found[f"Early exit from the stepwise run with T = {metrics['early_exit']['T']}"] = metrics["early_exit"][
             "curve"
         ]
@@ -150,7 +145,7 @@ def quality_plot(results: Mapping[str, Any]) -> Figure:
         points = sorted((row["T"], row["quality"][metric]) for row in metrics["rows"] if row["schedule"] == schedule)
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=schedule)
-    if "early_exit" in metrics:
+    if metrics.get("early_exit"):
         curve = [(point["t"], point[metric]) for point in metrics["early_exit"]["curve"]]
         label = f"early exit, T = {metrics['early_exit']['T']}"
         axes.plot(*zip(*curve, strict=True), ".:", color=SCHEDULE_COLOURS["stepwise"], label=label)
@@ -190,7 +185,7 @@ def energy_plot(results: Mapping[str, Any]) -> Figure:
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axes.axhline(1, color="0.3", linewidth=1)
     for row in rows[:1]:
-        skipping = row["energy"]["zero_skipping_ann_energy_pj"] / row["energy"]["ann_energy_pj"]
+        skipping = row["energy"].get("zero_skipping_ann_energy_pj", 0) / row["energy"]["ann_energy_pj"]
         axes.axhline(skipping, color="0.3", linewidth=1, linestyle=":", label="ANN that skips zeros")
     labels = ["ANN" if not row["T"] else f"{row['schedule']}\nT = {row['T']}" for row in rows]
     axes.set_xticks(range(len(rows)), labels, fontsize=8)
@@ -233,7 +228,7 @@ def _energy_cells(row: Mapping[str, Any]) -> dict[str, Any]:
         "ratio to ANN": energy["ratio"],
         "floating point, M": sum(energy.get("floating_point", {}).values()) / 1e6 or None,
         "ratio with floating point": energy.get("ratio_with_floating_point"),
-        "ratio to zero-skipping ANN": energy["ratio_to_zero_skipping_ann"],
+        "ratio to zero-skipping ANN": energy.get("ratio_to_zero_skipping_ann"),
         "ratio as published": energy.get("ratio_replicated"),
     }
 

@@ -14,7 +14,7 @@ from ..metrics import METRICS
 from ..results import MODES
 
 
-PERPLEXITY = "perplexity"
+PERPLEXITY, AGREEMENT, COSINE = "perplexity", "agreement", "cosine"
 # Measured where nothing is said; "accumulated" is asked for by name, or is the schedule of the model.
 DEFAULT_SCHEDULES = ("stepwise", "layerwise")
 
@@ -71,7 +71,7 @@ class Quality(Protocol):
     """
 
     def of(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Numbers of each row, `(B, …)`."""
+        """Numbers of each row, `(B, …)`; without labels, `labels` is what the reference says in place of `logits`."""
 
     def result(self, rows: np.ndarray) -> dict[str, float]:
         """Measures over the numbers of all rows, `(N, …)`."""
@@ -126,9 +126,40 @@ class TaskMetric:
         return {**METRICS[self.metric](predictions, labels), "loss": loss, "examples": len(rows)}
 
 
-def quality_of(metric: str) -> Quality:
-    """The quality by its name: `"perplexity"` of a causal language model, or the metric of a task."""
-    return Perplexity() if metric == PERPLEXITY else TaskMetric(metric)
+class Agreement:
+    """Share of examples that a classifier judges as its reference does; needs no labels."""
+
+    def of(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(-1).eq(labels.argmax(-1)).float()
+
+    def result(self, rows: np.ndarray) -> dict[str, float]:
+        return {AGREEMENT: float(rows.mean(dtype=np.float64)), "examples": len(rows)}
+
+
+class Cosine:
+    """Cosine between sentence vectors and those of a reference, mean and least; needs no labels."""
+
+    def of(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cosine_similarity(logits.float(), labels.float(), dim=-1)
+
+    def result(self, rows: np.ndarray) -> dict[str, float]:
+        return {COSINE: float(rows.mean(dtype=np.float64)), "least_cosine": float(rows.min()), "examples": len(rows)}
+
+
+# What is measured against a reference, not labels: the stock model where there is one, else the network at T = 0.
+UNLABELLED: dict[str, Callable[[], Quality]] = {AGREEMENT: Agreement, COSINE: Cosine}
+
+
+def quality_of(metric: str, causal: bool = True) -> Quality:
+    """The quality by its name: `"perplexity"` of a language model, `"cosine"`, `"agreement"`, or the metric of a task.
+
+    Args:
+        metric: Its name.
+        causal: Of a language model, whether a position speaks of the next token.
+    """
+    if metric in UNLABELLED:
+        return UNLABELLED[metric]()
+    return Perplexity(causal) if metric == PERPLEXITY else TaskMetric(metric)
 
 
 def for_trainer(quality: Quality) -> dict[str, Callable]:

@@ -7,13 +7,16 @@ files it was made from, whole. `python -m training.publish.cards CARD.json` make
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
 
 from ..results import read_results, write_json
 from .card import CardOptions, build_card, inherited_options
-from .files import VerificationError, check_weights
-from .records import Sources, read_sources
+from .files import REPORT, VerificationError, check_weights
+from .records import Record, Sources, read_sources
 from .verification import weights_sha256
 
 
@@ -31,6 +34,21 @@ def write_card(folder: Path, repo_id: str, options: CardOptions, path: Path) -> 
             record.check(weights, folder)
     write_json(path.with_suffix(".json"), {"repo_id": repo_id, "options": options, "sources": sources})
     build_card(sources, repo_id, options).save(path)
+
+
+def card_beside(folder: Path, results: Mapping[str, Any], repo_id: str, options: CardOptions) -> ModelCard:
+    """Write results as the report of a checkpoint folder, and its `README.md`; returns the card.
+
+    Raises:
+        VerificationError: if the folder is no checkpoint, or holds other weights than those that were measured.
+    """
+    check_weights(folder)
+    record = Record(REPORT, dict(results))
+    record.check(weights_sha256(folder), folder)
+    write_json(folder / REPORT, results)
+    card = build_card(read_sources(folder), repo_id, inherited_options(folder, options))
+    card.save(folder / "README.md")
+    return card
 
 
 def rewrite_card(path: Path) -> None:
