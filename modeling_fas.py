@@ -73,6 +73,10 @@ class FASMixin(PreTrainedModel):
     _supports_flex_attn = False  # its masks are no tensors, and know one number of rows
 
     def __init__(self, config, *args, **kwargs):
+        own = next((each for each in CONFIGURATIONS if each.__name__ == type(config).__name__), None)
+        if own is not None and type(config) is not own:
+            # Loaded as remote code, a configuration comes from another copy of its file, with other threads' state.
+            config.__class__ = own
         super().__init__(config, *args, **kwargs)
         self._make_spiking()
 

@@ -44,6 +44,10 @@ for arguments in sys.argv[1:]:
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     inputs = torch.load(folder + "/inputs.pt", weights_only=True)
     logits = model(**inputs).logits
+    with model.running(1, "layerwise"):
+        assert {(neuron.T, neuron.schedule) for _, neuron in model.neurons()} == {(1, "layerwise")}
+        assert not torch.equal(model(**inputs).logits, logits)
+    assert (model.config.T, model.config.schedule) == (int(T), schedule)
     torch.save(logits, folder + "/logits.pt")
     model.save_pretrained(folder + "/again")
     assert torch.equal(load(folder + "/again")(**inputs).logits, logits)
