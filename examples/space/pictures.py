@@ -16,14 +16,14 @@ STYLE = """<style>
 .fas-card p { margin: 0; line-height: 1.55; overflow-wrap: anywhere; white-space: pre-wrap; }
 .fas-card mark, .fas-key { background: #f6c8bd; color: #4a1810; border-radius: 3px; padding: 0 2px; }
 .fas-bar { height: 6px; border-radius: 3px; background: #8089a0; margin: 2px 0 8px; }
-.fas-numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; }
+.fas-numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 12px; }
 .fas-numbers { margin-top: 12px; }
 .fas-numbers b { display: block; font-size: 24px; line-height: 1.2; }
 .fas-numbers span, .fas-note { font-size: 13px; opacity: .8; }
 .fas-wide { overflow-x: auto; }
 .fas-wide table { border-collapse: separate; border-spacing: 1px; font-size: 12px; }
 .fas-wide td, .fas-wide th { min-width: 46px; height: 20px; padding: 0 4px; text-align: center; }
-.fas-wide td, .fas-wide th { font-weight: 400; border: 0; }
+.fas-wide td, .fas-wide th { font-weight: 400; border: 0 !important; padding: 1px 4px !important; }
 .fas-wide th:first-child { position: sticky; left: 0; text-align: right; white-space: nowrap;
   background: var(--background-fill-primary); }
 .fas-plus { stroke: #d1495b; } .fas-minus { stroke: #3d7ea6; }
