@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 import tiny
-from modeling_fas import FASBertForMaskedLM, FASBertForSequenceClassification, FASGPT2LMHeadModel
+from modeling_fas import FASBertForMaskedLM, FASBertForSequenceClassification, FASBertModel, FASGPT2LMHeadModel
 from training.evaluate import SpikeMonitor, energy_report, measurement
 from training.evaluate.command import main
 from training.evaluate.examples import windows
@@ -279,6 +279,7 @@ def folder(tmp_path_factory):
     for name, source, model_class in (
         ("bert", stock, FASBertForSequenceClassification),
         ("mlm", stock, FASBertForMaskedLM),
+        ("base", stock, FASBertModel),
         ("gpt2", text, FASGPT2LMHeadModel),
     ):
         model_class.from_pretrained(source, initial_threshold=0.5).save_pretrained(folder / name)
@@ -308,7 +309,8 @@ def test_command_line_for_a_classifier(folder, tmp_path):
     assert rows[0]["quality"]["examples"] == 12
     assert "sites" not in rows[0]
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("results.json", "report.md", "report.html", "quality.png", "spike_rate.png", "energy.png")
+        *("results.json", "report.md", "report.html", "quality.png", "spike_rate.png", "energy.png"),
+        *("raster.png", "spike_rate_histogram.png"),
     }
     before = (tmp_path / "results.json").read_text()
     with pytest.raises(ValueError, match="`--output_dir` must be empty or hold an interrupted run"):
@@ -316,6 +318,22 @@ def test_command_line_for_a_classifier(folder, tmp_path):
     assert (tmp_path / "results.json").read_text() == before
     replaced = run(folder, CLASSIFIER + " --limit 3 --overwrite_output_dir", out=tmp_path)
     assert replaced["metrics"]["rows"][0]["quality"]["examples"] == 3
+
+
+def test_the_command_ends_with_its_table_and_the_report(folder, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="training"):
+        run(folder, CLASSIFIER + " --limit 3", out=tmp_path)
+    said = caplog.records[-1].getMessage()
+    assert "| stepwise T = 2 |" in said and said.endswith(f"The report is {tmp_path / 'report.html'}")
+
+
+@pytest.mark.parametrize("kind", ["mlm", "base"])
+def test_command_line_for_a_masked_model_and_one_without_a_head(folder, tmp_path, kind):
+    line = "{0}/" + kind + " --validation_file {0}/corpus.jsonl --T 2 --limit 12 --output_dir {out}"
+    rows = run(folder, line, out=tmp_path)["metrics"]["rows"]
+    assert [row["mode"] for row in rows] == ["qcfs", "spiking", "spiking"]
+    assert all(("perplexity" if kind == "mlm" else "cosine") in row["quality"] for row in rows)
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_command_line_for_a_language_model(folder, tmp_path):

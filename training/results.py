@@ -154,6 +154,11 @@ def without_secrets(command: str) -> str:
     return command if shown == words else shlex.join(shown)
 
 
+def without_paths(text: str) -> str:
+    """Text, such as a command line, whose paths are cut to the last name in them; secrets are left out."""
+    return re.sub(r"(?<![\w.])(?:~|\.{0,2})/(?:[^\s/'\"]+/)*", "", without_secrets(text))
+
+
 def _hidden(name: str, value: Any) -> Any:
     """The value of a setting, unless it is a secret; what was hidden before stays as it is."""
     if isinstance(value, str) and value and SECRET_NAME.search(name):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..results import escaped_row, markdown_table, mode_name, results_of, write_results
+from ..results import escaped_row, markdown_table, mode_name, results_of
 
 
 RESULTS_FILE = "results.json"
@@ -64,11 +64,7 @@ class Evaluation(dict):
         """
         from .report import write_report  # which takes a second to import, for matplotlib
 
-        path = Path(folder) / RESULTS_FILE
-        write_results(
-            path, metrics=dict(self), configuration=self.configuration, command=self.command, status="complete"
-        )
-        return write_report(path)
+        return write_report(self, folder)
 
     def card(
         self,

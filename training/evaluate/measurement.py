@@ -239,6 +239,7 @@ def measure_latency(
     return [
         {
             **mode.row(),
+            **({} if mode.name == "stock" else {"L": model.config.L}),
             **shape,
             "milliseconds": 1e3 * median(times),
             "fastest": 1e3 * min(times),

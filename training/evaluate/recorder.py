@@ -198,16 +198,15 @@ def draw_raster(picture: Mapping[str, Any], axes: Any = None) -> Any:
     for sign, character in ((1, "+"), (-1, "-")):
         times = [[(i + 0.5) / T for i, each in enumerate(line) if each == character] for line in lines]
         if any(times):
-            name = {1: "spike", -1: "negative spike"}[sign]
-            axes.eventplot(times, colors=COLOURS[sign], linelengths=0.85, linewidths=1.3, label=name)
+            axes.eventplot(times, colors=COLOURS[sign], linelengths=0.85, linewidths=1.3)
     for edge in range(1, len(words)):
         axes.axvline(edge, color="0.6", linewidth=0.4)
-    axes.set_xticks([i + 0.5 for i in range(len(words))], words, rotation=60, ha="right", rotation_mode="anchor")
-    if any("-" in line for line in lines):
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=2, frameon=False, fontsize=8)
+    places, plain = [i + 0.5 for i in range(len(words))], {"rotation_mode": "anchor", "parse_math": False}
+    axes.set_xticks(places, words, rotation=60, ha="right", **plain)
     axes.set_yticks([0, len(lines) - 1], [f"{picture['neurons'][0]}", f"{picture['neurons'][-1]}"])
     axes.set(xlim=(0, len(words)), ylim=(-0.8, len(lines) - 0.2), ylabel="neuron")
-    axes.set_xlabel(f"each token is {T} timesteps wide ({picture['schedule']})")
+    signs = "; orange: negative spikes" if any("-" in line for line in lines) else ""
+    axes.set_xlabel(f"each token is {T} timesteps wide ({picture['schedule']}){signs}")
     share = "all" if len(lines) == picture["of"] else f"{len(lines)} ({picture['which']}) of {picture['of']:,}"
     title = (
         f"{label(picture['site'])}: {share} neurons,\nwhich spike in {100 * picture['spike_rate']:.1f} % of timesteps"

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from configuration_fas import BACKBONES, Backbone
 
-from ..results import MODES, code, escaped, escaped_row, flat, markdown_table, without_secrets
+from ..results import MODES, code, escaped, escaped_row, flat, markdown_table, without_paths
 from .clean_load import auto_class_name
 from .files import VerificationError
 from .records import Record, Sources, lineage
@@ -312,7 +312,7 @@ def _record_tables(history: list[Record]) -> str:
         f"- Commit of the code: {escaped(last.get('commit') or 'not recorded')}; date: {escaped(last.get('date'))}",
         f"- Versions: {versions}",
         f"- Hardware: {hardware}",
-        f"- Command: {code(_without_paths(str(last.get('command') or 'not recorded')))}",
+        f"- Command: {code(without_paths(str(last.get('command') or 'not recorded')))}",
     ]
     return "\n".join(lines)
 
@@ -324,10 +324,6 @@ def _short(value: Any) -> Any:
 def _without_empty_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     full = {key for row in rows for key, value in row.items() if value is not None}
     return [{key: value for key, value in row.items() if key in full} for row in rows]
-
-
-def _without_paths(command: str) -> str:
-    return re.sub(r"(?<![\w.])(?:~|\.{0,2})/(?:[^\s/'\"]+/)*", "", without_secrets(command))
 
 
 def _settings(config: Mapping[str, Any]) -> str:
