@@ -2,9 +2,7 @@
 
     python -m venv … && pip install neurobench==2.3.0 && PYTHONPATH=. python -m benchmarks.neurobench_counts
 
-NeuroBench calls a layer's input spikes where all of it is -1, 0 or 1, and counts from what a layer is called on. Rate
-codes hand that over as they run. A layerwise phase or first-spike code computes its weighted sum at once: here it is
-taken apart, each layer runs T times on the spikes of one step, and the soma weighs and adds. The logits must stay.
+How a code is taken apart into single spikes stands in `training/evaluate/neurobench.py`. The logits must stay.
 """
 
 import argparse
@@ -12,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import sites_fas
 from fas import SpikeMonitor, convert_to_spiking
 from training import layout
 from training.calibrate import fold_thresholds
 from training.evaluate import count_operations
+from training.evaluate.neurobench import spike_by_spike, synaptic_operations
 from training.results import fingerprint, markdown_table, write_results
 
 from ._calibration_tasks import MINILM, Glue
@@ -33,79 +30,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"code": "rate", "T": 8, "schedule": "stepwise"},
     {"code": "rate", "T": 8, "schedule": "accumulated"},
 ]
-
-
-class SpikeBySpike(nn.Module):
-    """A folded linear layer that runs on -1, 0 and 1, once a timestep, and adds what comes of it by weight.
-
-    Takes over the layer's hooks: NeuroBench counts with copies of a layer, which must not spike anew.
-    """
-
-    def __init__(self, layer: nn.Linear, neuron: Any):
-        super().__init__()
-        self.layer, self.encode = layer, neuron.forward
-        self.neuron = [neuron]
-        before = {key: hook for key, hook in layer._forward_pre_hooks.items() if hook is not sites_fas._emit_input}
-        self._forward_pre_hooks.update(before)
-        self._forward_hooks.update(layer._forward_hooks)
-        layer._forward_hooks.clear()
-        layer._forward_pre_hooks.clear()
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        neuron, bias = self.neuron[0], self.layer.bias
-        if neuron.stepwise:
-            return self.layer(self.encode(values))
-        weights = step_weights(neuron.code, neuron.T, neuron.code_base)
-        total: Any = 0
-        for weight, spikes in zip(weights, neuron.trains(values), strict=True):
-            current = self.layer(spikes)
-            total = total + weight * (current if bias is None else current - bias)
-        return total if bias is None else total + bias
-
-
-def step_weights(code: str, T: int, base: float) -> list[float]:
-    """What the spike of each step is worth, of a threshold."""
-    if code == "phase":
-        return [2 ** (T - t) / (2**T - 1) for t in range(1, T + 1)]
-    return [base ** (1 - t) if code == "first_spike" else 1 / T for t in range(1, T + 1)]
-
-
-def spike_by_spike(model: Any) -> Any:
-    """Make the linear layers of a folded model run on single spikes, in place."""
-    for placed in layout.sites(model):
-        if placed.site.at != "input":
-            continue
-        for target in placed.targets:
-            name = next(name for name, module in model.named_modules() if module is target)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, SpikeBySpike(target, placed.neuron))
-        placed.neuron.forward = lambda hidden_states: hidden_states
-    return model
-
-
-def counted_by_neurobench(model: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Its classification metric, per sequence."""
-    from neurobench.metrics.workload.synaptic_operations import SynapticOperations
-    from neurobench.models import NeuroBenchModel
-
-    class Wrapped(NeuroBenchModel):
-        def __call__(self, batch):
-            return model(**batch).logits
-
-        def __net__(self):
-            return model
-
-    from neurobench.hooks.layer import LayerHook
-
-    wrapped, metric = Wrapped(), SynapticOperations()
-    wrapped.connection_hooks = [LayerHook(layer) for layer in wrapped.connection_layers()]
-    found = {}
-    for batch in batches:
-        found = metric(wrapped, wrapped(batch), (batch["input_ids"], batch["labels"]))
-        wrapped.reset_hooks()
-    for hook in wrapped.connection_hooks:
-        hook.close()
-    return found
 
 
 def main() -> None:
@@ -135,7 +59,7 @@ def main() -> None:
                 if each.part not in (*layout.MEETS, "neurons"):
                     for name in ours:
                         ours[name] += getattr(each, name) * length
-            theirs = counted_by_neurobench(spike_by_spike(model), batches)
+            theirs = synaptic_operations(spike_by_spike(model), batches)
             gap = max(
                 (model(**batch).logits - wanted).abs().max().item()
                 for batch, wanted in zip(batches, expected, strict=True)
