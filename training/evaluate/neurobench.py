@@ -71,7 +71,9 @@ def neurobench_metrics(model: Any, batches: Sequence[Mapping[str, torch.Tensor]]
     """NeuroBench's metrics of a FAS model as it is set, by NeuroBench's own code; a copy of the model is measured.
 
     Args:
-        model: At T > 0, with gain `"static"` and thresholds that do not know the position: they are folded.
+        model: At T > 0, with gain `"static"` and thresholds that do not know the position: they are folded. With
+            sites `"linear"` or `"all"`, the counts are ours; with `"mlp"`, a head that takes time averages is not
+            accumulates to NeuroBench.
         batches: Inputs of the model, one text each.
 
     Returns:
