@@ -297,8 +297,7 @@ def test_every_recipe_is_made_of_known_flags(recipe, tmp_path):
         return
     for _, script, settings in convert.plan(content, {"model_name_or_path": "x"}, tmp_path / "out"):
         model, data, training = parse_arguments([*to_flags(settings), "--use_cpu"])
-        stages = {"run_clm": run_clm.STAGES, "run_mlm": ("full",), "run_glue": ("baseline", "downstream", "calibrate")}
-        model.check(script.removeprefix("run_"), stages[script], training.do_eval)
+        model.check(script.removeprefix("run_"), training.do_eval)
         training.check(data.streaming)
 
 

@@ -1,24 +1,27 @@
 """What can be set on a command line or in a YAML file, and the checks that need no model and no data."""
 
+import argparse
+import difflib
 import json
 import math
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from .commands import LOCK_FILE
+from .commands import LOCK_FILE, UsageError
 
 
 STAGES = ("baseline", "full", "downstream", "calibrate")
+SCRIPT_STAGES = {"clm": STAGES, "mlm": ("full", "baseline"), "glue": ("baseline", "downstream", "calibrate")}
 # Head that a script trains.
 AUTO_CLASSES = {
     "clm": "AutoModelForCausalLM",
@@ -53,6 +56,14 @@ LEAST = {
     "gradient_accumulation_steps": 1,
     "seed": 0,
 }
+# Flags of TrainingArguments that a short help names.
+MOST_USED = {"output_dir", "do_train", "do_eval", "learning_rate", "num_train_epochs", "max_steps", "warmup_steps"}
+MOST_USED |= {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "seed"}
+MOST_USED |= {"logging_steps", "report_to", "save_steps", "save_total_limit", "bf16", "use_cpu"}
+MOST_USED |= {"resume_from_checkpoint", "gradient_checkpointing"}
+# What says where data comes from, and with it what says how to read that: only as a whole do they make sense.
+DATA_SOURCES = {"dataset_name", "train_file", "validation_file"}
+DATA_SETTINGS = DATA_SOURCES | {"dataset_config_name", "task_name", "text_columns", "label_column", "eval_split"}
 FILE_TYPES = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -111,8 +122,9 @@ class ModelArguments:
         },
     )
 
-    def check(self, script: str, stages: Sequence[str], do_eval: bool) -> None:
-        """Raise for settings that contradict each other; `stages` are those of the script."""
+    def check(self, script: str, do_eval: bool) -> None:
+        """Raise for settings that contradict each other."""
+        stages = SCRIPT_STAGES[script]
         self.stage = self.stage or ("full" if script == "mlm" else "downstream")
         if self.stage not in stages:
             raise ValueError(f"`--stage` must be one of {', '.join(stages)} for run_{script}, got {self.stage!r}.")
@@ -278,7 +290,7 @@ class FASTrainingArguments(TrainingArguments):
         super().__post_init__()
 
     def check(self, streaming: bool) -> None:
-        """Raise for a run that does nothing, has no end, or has nowhere to write."""
+        """Raise for a run that does nothing, has no end, or names no folder."""
         for name, least in LEAST.items():
             check_number(f"--{name}", getattr(self, name), least)
         if not (self.do_train or self.do_eval):
@@ -290,7 +302,6 @@ class FASTrainingArguments(TrainingArguments):
             )
         if not self.output_dir or self.output_dir == "trainer_output":
             raise ValueError("`--output_dir` is required: the folder for the model, its checkpoints and results.")
-        check_writable(self.output_dir)
 
 
 def check_number(name: str, value: float | None, least: float) -> None:
@@ -332,14 +343,82 @@ def require_model_type(config: dict[str, Any]) -> None:
         )
 
 
+class _HelpAll(argparse.Action):
+    """Prints the help with every flag, and leaves."""
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        sys.stdout.write(HfArgumentParser.format_help(parser))
+        parser.exit()
+
+
+class Parser(HfArgumentParser):
+    """All flags of the stages of training; what it cannot read is a [`UsageError`], without a page of usage.
+
+    Its help leaves out those flags of `TrainingArguments` that are seldom needed; `--help_all` has them too.
+    """
+
+    def __init__(self, **settings: Any):
+        kinds: Any = [ModelArguments, DataArguments, FASTrainingArguments]
+        super().__init__(kinds, **settings)
+        self.add_argument("--help_all", nargs=0, action=_HelpAll, help="this page with all of TrainingArguments")
+
+    def format_help(self) -> str:
+        page = argparse.ArgumentParser(
+            prog=self.prog,
+            usage=f"{self.prog} [SETTINGS.yaml] --flag value …",
+            description=self.description,
+            epilog=self.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False,
+        )
+        groups = (
+            ("model", _names(ModelArguments)),
+            ("data", _names(DataArguments)),
+            ("training", MOST_USED | (_names(FASTrainingArguments) - _names(TrainingArguments)) | {"help_all"}),
+        )
+        for title, names in groups:
+            group = page.add_argument_group(title)
+            for action in self._actions:
+                if action.dest in names and not action.option_strings[0].startswith("--no_"):
+                    group._add_action(action)
+        return page.format_help()
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. `fas train --help` names the flags.")
+
+
+def _names(kind: Any) -> set[str]:
+    return {each.name for each in fields(kind)}
+
+
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """Read flags, or one YAML file and flags that take precedence over it.
+
+    Raises:
+        UsageError: for a flag that does not exist, or a value of another kind.
+    """
+    found, unknown = Parser().parse_known_args(expand_yaml(argv))
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        close = difflib.get_close_matches(flag, [f"--{name}" for name in vars(found)], n=1)
+        meant = f"Did you mean {close[0]}? " if close else ""
+        what = "a flag that exists" if flag.startswith("-") else "flags that begin with --"
+        raise UsageError(f"The arguments must be {what}, got {unknown[0]!r}. {meant}`fas train --help` names them.")
+    return found
+
+
+def read_fields(kind: Any, flags: argparse.Namespace) -> Any:
+    """One of the dataclasses of flags, from all of them."""
+    return kind(**{each.name: getattr(flags, each.name) for each in fields(kind) if each.init})
+
+
 def parse_arguments(
     argv: Sequence[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, FASTrainingArguments]:
-    """Parse flags, or one YAML file and flags that take precedence over it."""
-    dataclasses: Any = (ModelArguments, DataArguments, FASTrainingArguments)
-    parser = HfArgumentParser(dataclasses)
-    flags = expand_yaml(sys.argv[1:] if argv is None else argv)
-    model, data, training = parser.parse_args_into_dataclasses(args=flags)
+    """As [`parse_flags`], by default those of this process; returns the three groups."""
+    flags = parse_flags(sys.argv[1:] if argv is None else argv)
+    kinds = (ModelArguments, DataArguments, FASTrainingArguments)
+    model, data, training = (read_fields(kind, flags) for kind in kinds)
     return model, data, training
 
 
@@ -347,7 +426,15 @@ def expand_yaml(argv: Sequence[str]) -> list[str]:
     """Replace a leading YAML file by its flags, so that both are read in the same way (9e-5 is a number in both)."""
     if not argv or Path(argv[0]).suffix not in (".yaml", ".yml"):
         return list(argv)
-    return [*to_flags(read_yaml(argv[0])), *argv[1:]]
+    given = {token[2:].partition("=")[0].replace("-", "_") for token in argv[1:] if token.startswith("--")}
+    return [*to_flags(without_other_data(read_yaml(argv[0]), given)), *argv[1:]]
+
+
+def without_other_data(settings: dict[str, Any], given: Iterable[str]) -> dict[str, Any]:
+    """The settings of a recipe, without its data where the flags `given` beside it name other data."""
+    if not DATA_SOURCES & {*given}:
+        return settings
+    return {name: value for name, value in settings.items() if name not in DATA_SETTINGS}
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,10 @@ LOCK_FILE = ".lock"
 EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError, SafetensorError, CalledProcessError)
 
 
+class UsageError(ValueError):
+    """A command line that cannot be read: an unknown flag, a value of another kind. Exit status 2, as of argparse."""
+
+
 def show_messages() -> None:
     """Print what the modules of this package report; nothing of other libraries below a warning."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -35,7 +40,7 @@ def run_command(
     *,
     memory: str = "A smaller batch, shorter texts or a smaller model need less.",
 ) -> int:
-    """Run a command and return its exit status: 1 with a message for an error, 130 for Ctrl-C.
+    """Run a command and return its exit status: with a message 1 for an error, 2 for bad flags, 130 for Ctrl-C.
 
     Args:
         main: Takes the flags, but for `--debug`, which adds the traceback to the message.
@@ -55,7 +60,7 @@ def run_command(
         if not isinstance(error, (ValueError, OSError, ArithmeticError)) and not out_of_memory(error):
             text = f"{type(error).__name__}: {text} (--debug shows where)"
         sys.stderr.write(f"{failed}: {text}\n")
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         sys.stderr.write(f"{failed}: interrupted.\n")
         return 130
@@ -65,6 +70,16 @@ def run_command(
 def _is_switch(flag: str, after: str) -> bool:
     """Whether a token is `--debug` alone; with a value it is transformers' own."""
     return flag == "--debug" and after.startswith("--")
+
+
+def shell_name() -> str:
+    """How the command `fas` is called in the shell that this process came from."""
+    beside = Path(sys.executable).with_name("fas")
+    if shutil.which("fas"):
+        return "fas"
+    if not beside.is_file():
+        return "python -m training.cli"
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
 
 
 def out_of_memory(error: BaseException) -> bool:

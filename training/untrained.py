@@ -1,6 +1,6 @@
 """Conversion without training, on the command line: fit thresholds, save, and compare with the stock model.
 
-`python -m training.convert MODEL --sites all --code phase --T 5 --calibration_file F --output_dir OUT` comes here.
+`fas convert MODEL --sites all --code phase --T 5 --calibration_file FILE --output_dir OUT` comes here.
 """
 
 import argparse
@@ -35,18 +35,24 @@ logger = logging.getLogger("training.convert")
 SUMMARY_FILE = "conversion.json"
 LENGTH = 256  # of the rows, and of the sequence that energy is counted at
 USAGE = """
-  python -m training.convert MODEL --sites all --code phase --T 5 --calibration_file FILE --output_dir OUT
+  fas convert MODEL --sites all --code phase --T 5 --calibration_file FILE --output_dir OUT
       without training: thresholds are fitted to a few hundred tokens (minutes)
-  python -m training.convert [RECIPE] [--model_name_or_path MODEL] --output_dir OUT [--flag value] [--step.flag value]
-      the published method: fine-tuning with QCFS, then calibration (hours)"""
+  fas convert MODEL --train_file FILE --validation_file FILE --output_dir OUT [--flag value] [--step.flag value]
+      fine-tuning with QCFS on one's own data or a --task_name, then calibration
+  fas convert RECIPE --output_dir OUT [--model_name_or_path MODEL] [--flag value] [--step.flag value]
+      all steps of a recipe; of encoder and decoder 100,000 on a large corpus first (days without a GPU)"""
+EXAMPLE = """
+example:
+  fas convert openai-community/gpt2 --sites all --code phase --T 5 --calibration_file notes.txt --output_dir spiking
+"""
 RECIPES = """
-the published method:
+with training, the published method:
   RECIPE                a YAML file, or one of
 {recipes}
-                        by default the one for the kind of model. Finished steps are skipped, one that was killed goes
-                        on from its last checkpoint.
+                        Without one, steps downstream and calibrate of that for the kind of model. Finished steps are
+                        skipped, one that was killed goes on from its last checkpoint.
   --steps NAME …        only these steps of the recipe
-  --flag value          for every step: all flags of `python -m training.run_clm --help` (or run_mlm, run_glue)
+  --flag value          for every step: the flags of `fas train --help`
   --STEP.flag value     for one step
   --debug               show the traceback of an error
   docs/training.md says more.
@@ -55,18 +61,19 @@ the published method:
 
 def is_meant(argv: Sequence[str]) -> bool:
     """Whether a command line asks for a conversion without training."""
-    return any(each.partition("=")[0] in ("--sites", "--code") for each in argv)
+    return any(each.partition("=")[0] in ("--sites", "--code", "--calibration_file") for each in argv)
 
 
 def make_parser(recipes: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The flags, and as help one page on both ways to convert."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.convert",
+        prog="fas convert",
         usage=USAGE,
-        description="Turn a stock model into a spiking one. With --sites or --code: without training.",
+        description="Turn a stock model into a spiking one. With --calibration_file: without training.",
         epilog=RECIPES.format(
             recipes=textwrap.fill(", ".join(recipes), 96, initial_indent=" " * 24, subsequent_indent=" " * 24)
-        ),
+        )
+        + EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("without training").add_argument

@@ -34,11 +34,21 @@ from .report import write_report
 logger = logging.getLogger(__name__)
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+EXAMPLE = """
+example:
+  fas evaluate CHECKPOINT --validation_file sst2.parquet --T 2 4 8 --output_dir report
+
+--debug shows the traceback of an error.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate",
+        prog="fas evaluate",
         description=(__doc__ or "").split("\n")[0],
-        epilog="--debug shows the traceback of an error.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(
@@ -72,7 +82,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="cpu", help="default: cpu")
     add("--output_dir", required=True, help="folder for the results; made if need be")
     add("--overwrite_output_dir", action="store_true", help="replace results of other settings in it")
-    return parser.parse_args(argv)
+    return parser
 
 
 def load_models(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -97,8 +107,8 @@ def load_models(args: argparse.Namespace) -> tuple[Any, Any]:
     if architecture not in found:
         raise ValueError(f"`checkpoint` must be one of {', '.join(found)}, got {architecture!r}.")
     fas_class, stock_class = getattr(modeling_fas, architecture), getattr(transformers, found[architecture])
-    model = _load(fas_class, args.checkpoint, "checkpoint")
-    stock = _load(stock_class, args.stock, "--stock") if args.stock else None
+    model = load_whole(fas_class, args.checkpoint, "checkpoint")
+    stock = load_whole(stock_class, args.stock, "--stock") if args.stock else None
     if stock is not None:
         for name in ("vocab_size", "num_labels"):
             ours, theirs = getattr(model.config, name), getattr(stock.config, name)
@@ -116,7 +126,8 @@ def load_tokenizer(checkpoint: str) -> Any:
         raise ValueError(f"`checkpoint` must hold its tokenizer, got {checkpoint!r}: {error}") from error
 
 
-def _load(model_class: Any, source: str, flag: str) -> Any:
+def load_whole(model_class: Any, source: str, flag: str) -> Any:
+    """Load a model in float32; raise unless the checkpoint has all of its weights."""
     check_shards(source)
     try:
         model, info = model_class.from_pretrained(source, dtype="float32", output_loading_info=True)
@@ -129,7 +140,7 @@ def _load(model_class: Any, source: str, flag: str) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure a checkpoint, write the results as they come, and the report at the end; returns the results."""
-    args = parse_arguments(argv)
+    args = make_parser().parse_args(argv)
     check_timesteps(args.T)
     check_prices(args.mac_pj, args.ac_pj)
     check_writable(args.output_dir)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..results import escaped_row, markdown_table, mode_name, results_of
+from ..results import escaped_row, gap_closed, markdown_table, mode_name, results_of
 
 
 RESULTS_FILE = "results.json"
@@ -148,7 +148,7 @@ def gap_of(ann: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str
         "ann": wanted,
         "uncalibrated": first,
         "calibrated": last,
-        "closed": (last - first) / (wanted - first) if worse else None,
+        "closed": gap_closed(wanted, first, last) if worse else None,
         "error_uncalibrated": errors[0],
         "error_calibrated": errors[1],
         "error_closed": 1 - errors[1] / errors[0] if errors[0] > 0 else None,

@@ -302,13 +302,22 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = argparse.ArgumentParser(
+        prog="fas report",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="example:\n  fas report report/results.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", help="results.json of `fas evaluate`")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Write the report on the results file given, and say where it is."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate.report", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("results", help="results.json of training.evaluate")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = make_parser()
     args = parser.parse_args(argv)
     try:
         page = write_report(args.results)

@@ -1,4 +1,4 @@
-"""Publish a checkpoint folder on the Hub, verified first, in one commit: `python -m training.publish FOLDER REPO`."""
+"""Publish a checkpoint folder on the Hub, verified first, in one commit: `fas publish FOLDER REPO`."""
 
 import argparse
 import logging
@@ -11,10 +11,16 @@ from .upload import PublishError, publish
 logger = logging.getLogger(__name__)
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m training.publish", description=(__doc__ or "").partition(":")[0])
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = argparse.ArgumentParser(
+        prog="fas publish",
+        description=(__doc__ or "").partition(":")[0],
+        epilog="example:\n  fas publish outputs/sst2/calibrate user/name --license mit --dry-run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", help="checkpoint folder: model, tokenizer, results")
-    parser.add_argument("repo_id", help="user/name or organisation/name on the Hub")
+    parser.add_argument("repo_id", nargs="?", help="user/name or organisation/name on the Hub")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--revision", help="branch to commit to, made if it does not exist")
     parser.add_argument(
@@ -34,7 +40,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="publish code files that are no release's; the difference is shown and stands in the card",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the flags; `--dry-run FOLDER REPO` is a dry run of FOLDER, though argparse takes it for its DIR."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.repo_id is None and args.dry_run:
+        args.folder, args.repo_id, args.dry_run = args.dry_run, args.folder, ""
+    if args.repo_id is None:
+        parser.error("`repo_id` is required: user/name or organisation/name on the Hub")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
