@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from checkpoints import MODELS, tiny_checkpoint, tiny_results
+from training import untrained
 from training.publish import cards
 from training.publish.card import (
     TEMPLATE,
@@ -21,6 +22,7 @@ from training.publish.cards import main, rewrite_card
 from training.publish.files import VerificationError
 from training.publish.records import Record, lineage, read_records, read_sources
 from training.results import fingerprint, flat, write_json, write_results
+from training_helpers import save_gpt2, write_corpus
 
 
 COMMITTED = sorted(path for path in TEMPLATE.parent.glob("*.md") if path != TEMPLATE)
@@ -31,21 +33,21 @@ def make_card(folder: Path, repo_id: str, options: CardOptions, **more) -> Model
     return build_card(read_sources(folder), repo_id, options, **more)
 
 
-def report(folder: Path, weights: str | None = None) -> None:
+def report(folder: Path, weights: str | None = None, data: dict | None = None, **row) -> None:
     """A report as `training.evaluate` writes it."""
     rows = [{"mode": "stock", "schedule": None, "T": 0, "quality": {"accuracy": 0.8571, "examples": 872}}]
     rows += [
         {"mode": mode, "schedule": schedule, "T": T, "quality": {"accuracy": accuracy, "examples": 872}}
         | {"agreement": 0.9137 + T / 1000, "logit_error": 0.0731, "spike_rate": 0.0271 if T else None}
-        | {"energy": {"ratio": 1.0 + T * 0.733}, "seconds": 3.25}
+        | {"energy": {"ratio": 1.0 + T * 0.733, "mac_pj": 4.6, "ac_pj": 0.9}, "seconds": 3.25}
         for mode, schedule, T, accuracy in [
             ("qcfs", None, 0, 0.8463),
             ("spiking", "stepwise", 4, 0.8377),
             ("spiking", "layerwise", 4, 0.8449),
         ]
     ]
-    rows = [row | {"split": "validation"} for row in rows]
-    configuration = {"checkpoint": str(folder), "data": {"dataset": "x"}, "mac_pj": 4.6, "ac_pj": 0.9}
+    rows = [each | {"split": "validation", **row} for each in rows]
+    configuration = {"checkpoint": str(folder), "data": data or {"task_name": "sst2"}}
     configuration["weights_sha256"] = weights
     write_results(folder / "report" / "results.json", metrics={"rows": rows}, configuration=configuration)
 
@@ -161,9 +163,9 @@ def test_the_report_comes_first_and_brings_energy(tmp_path):
     assert "energy ratio" not in make_card(tmp_path, "tester/tiny", CardOptions()).content
     report(tmp_path)
     content = make_card(tmp_path, "tester/tiny", CardOptions()).content
-    assert "| spiking | 4 | stepwise | 0.8377 | 0.9177 |" in content
+    assert "| spiking | 4 | stepwise | 0.8377 | 0.9177 | GLUE sst2 | validation | 872 examples |" in content
     assert "| spiking | 4 | stepwise | 0.0271 | 3.9320 |" in content
-    assert "| stock model | 0 | – | 0.8571 | – |" in content
+    assert "| stock model | 0 | – | 0.8571 | – | GLUE sst2 |" in content
     assert "4.6 pJ" in content and "`report/results.json`" in content
 
 
@@ -266,6 +268,7 @@ def test_the_stages_are_followed_to_the_base_model(tmp_path):
     assert options == CardOptions(license="bsd-3-clause", language=["de"], base_model=None)
     card = make_card(second, "tester/tiny", options)
     assert card.data.base_model is None and str(tmp_path) not in card.content
+    assert "made from `base` (a local folder)" in card.content
     assert card.content.count("\n| calibrate | GLUE sst2 |") == 2
     own = CardOptions(license="mit", base_model="someone/base")
     assert inherited_options(second, own) == CardOptions(license="mit", language=["de"], base_model="someone/base")
@@ -389,3 +392,99 @@ def test_a_list_beside_the_base_model_is_no_results_file(tmp_path):
     (tmp_path / "data_config.json").write_text("[1]")
     (tmp_path / "evaluation.json").write_text('{"metrics": {}, "configuration": {}}')
     assert [record.file for record in read_records(tmp_path)] == ["evaluation.json"]
+
+
+# What was measured is told as what was measured
+
+
+def test_results_are_of_the_data_they_were_measured_on_not_of_those_trained_on(tmp_path):
+    tiny_checkpoint(tmp_path, "classifier")  # trained on GLUE sst2
+    data = {"dataset_name": "Salesforce/wikitext", "dataset_config_name": "wikitext-2", "limit": 8}
+    report(tmp_path, data=data, split="test", quality={"perplexity": 31.25, "loss": 3.44, "tokens": 4096})
+    card = make_card(tmp_path, "tester/tiny", CardOptions())
+    for result in card.data.eval_results:
+        named = (result.dataset_type, result.dataset_config, result.dataset_split, result.dataset_args)
+        assert named == ("Salesforce/wikitext", "wikitext-2", "test", {"rows": "4096 tokens"})
+        assert result.metric_type in ("perplexity", "agreement")  # the number of tokens is none
+    assert (
+        "| spiking | 4 | stepwise | 31.25 | 0.9177 | Salesforce/wikitext wikitext-2 | test | 4096 tokens |"
+        in card.content
+    )
+    assert card.data.datasets == ["nyu-mll/glue"] and "| calibrate | GLUE sst2 |" in card.content
+
+
+def test_epochs_are_those_that_were_trained(tmp_path):
+    tiny_checkpoint(tmp_path, "classifier")
+    path = tmp_path / "evaluation.json"
+    content = json.loads(path.read_text())
+    content["configuration"]["training"]["num_train_epochs"] = 1.0
+    write_json(path, content | {"training": {"epoch": 0.2598, "train_loss": 0.5}})
+    assert "| 0.26 |" in make_card(tmp_path, "tester/tiny", CardOptions()).content
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [("bases/mini", "`mini`"), ("gt_minilm/model", "`gt_minilm/model`"), ("a/checkpoint", "`a/checkpoint`")],
+)
+def test_a_base_model_that_is_a_folder_is_named_in_words_alone(base, told, tmp_path):
+    (tmp_path / base).mkdir(parents=True)
+    folder = tmp_path / "run"
+    tiny_checkpoint(folder, "classifier", results=False)
+    tiny_results(folder, "classifier", base=str(tmp_path / base))
+    sources = read_sources(folder)
+    for _ in range(2):
+        card = build_card(sources, "tester/tiny", CardOptions())
+        assert f"made from {told} (a local folder)" in card.content and card.data.base_model is None
+        sources.forget_paths()
+
+
+def test_paths_of_this_machine_stay_here(folder, tmp_path):
+    report(
+        folder,
+        fingerprint(MODELS["classifier"].from_pretrained(folder)),
+        {"validation_file": f"{folder}/secret/rows.csv"},
+    )
+    card = tmp_path / "out" / "tiny.md"
+    card.parent.mkdir()
+    assert main([str(folder), "tester/tiny", str(card)]) == 0
+    for path in (card, card.with_suffix(".json")):
+        text = path.read_text()
+        assert "rows.csv" in text and str(tmp_path) not in text and "/home/someone" not in text, path
+
+
+# Conversion without training
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """What `training.convert MODEL --sites all` wrote: a causal model, its tokenizer and conversion.json."""
+    folder = tmp_path_factory.mktemp("converted")
+    source, corpus = save_gpt2(folder / "mini" / "model"), write_corpus(folder / "corpus.jsonl")
+    line = f"{source} --sites all --code phase --T 3 --calibration_file {corpus} --tokens 150 --limit 4"
+    untrained.main([*line.split(), "--output_dir", str(folder / "spiking")])
+    return folder / "spiking"
+
+
+def test_a_converted_checkpoint_has_a_card_with_its_table(converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(cards, "weights_sha256", lambda folder: fingerprint(MODELS["gpt2"].from_pretrained(folder)))
+    assert main([str(converted), "tester/spiking", str(tmp_path / "spiking.md"), "--license", "mit"]) == 0
+    text = (tmp_path / "spiking.md").read_text()
+    rows = json.loads((converted / "conversion.json").read_text())["metrics"]["rows"]
+    for row, name in zip(rows, ("stock model | 0 | –", "spiking | 3 | layerwise"), strict=True):
+        told = f"| {name} | {row['quality']['perplexity']:.2f} |"
+        assert (
+            told in text and f"| corpus.jsonl (local files) | validation | {row['quality']['tokens']} tokens |" in text
+        )
+    assert f"{rows[1]['energy']['ratio']:.4f}" in text and "4.6 pJ" in text
+    for said in (
+        "made from `mini/model` (a local folder)",
+        "at the queries and the values of every attention and at the input of the head",
+        "spikes of both signs, in the code `phase`",
+        "With `T` = 0 it runs as the stock model,",
+        "Converted without training: thresholds of least squared error on 150 tokens of corpus.jsonl",
+    ):
+        assert said in text, said
+    assert "QCFS" not in text and str(converted.parent) not in text
+    assert unexplained(ModelCard.load(tmp_path / "spiking.md"), tmp_path / "spiking.json") == []
+    again = shutil.copy(tmp_path / "spiking.json", tmp_path / "again.json")
+    assert main([str(again)]) == 0 and (tmp_path / "again.md").read_text() == text

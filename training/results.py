@@ -156,7 +156,7 @@ def without_secrets(command: str) -> str:
 
 def without_paths(text: str) -> str:
     """Text, such as a command line, whose paths are cut to the last name in them; secrets are left out."""
-    return re.sub(r"(?<![\w.])(?:~|\.{0,2})/(?:[^\s/'\"]+/)*", "", without_secrets(text))
+    return re.sub(r"(?<![\w.:/])(?:~|\.{0,2})/(?:[^\s/'\"]+/)*", "", without_secrets(text))
 
 
 def _hidden(name: str, value: Any) -> Any:

@@ -12,10 +12,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from configuration_fas import BACKBONES, Backbone
 
-from ..results import MODES, code, escaped, escaped_row, flat, markdown_table, without_paths
+from ..evaluate.evaluation import NO_METRIC
+from ..results import code, escaped, escaped_row, flat, markdown_table, mode_name, without_paths
 from .clean_load import auto_class_name
 from .files import VerificationError
-from .records import Record, Sources, lineage
+from .records import GENERIC_NAMES, Record, Sources, read_sources
 
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
@@ -28,8 +29,6 @@ PIPELINES = {
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForMultipleChoice": "multiple-choice",
 }
-# What `quality` holds beside measures; the loss is one where there is no other.
-NO_METRIC = {"loss", "examples", "tokens"}
 COST = ("spike_rate", "energy_ratio")
 METRIC_NAMES = {
     "f1": "F1",
@@ -93,7 +92,7 @@ def _build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: st
     rows = measured.rows if measured else []
     auto_class = auto_class_name(config)
     table = BACKBONES[config["model_type"].removeprefix("fas_")]
-    data = card_data(repo_id, config, rows, history, options)
+    data = card_data(repo_id, sources, measured, options)
     position = config.get("granularity") == "position" and config.get("calib_T")
     limit = config.get("n_positions") or config["max_position_embeddings"] + (table.positions or 0)
     limit = config["calib_length"] if position else limit
@@ -101,42 +100,45 @@ def _build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: st
         data,
         template_path=str(TEMPLATE),
         name=repo_id.rpartition("/")[2],
+        converted=bool(sources.conversion),
         repo_id=repo_id,
         backbone=table.title,
         task=PIPELINES[auto_class].replace("-", " "),
-        base=data.base_model,
+        base=data.base_model or _local_base(sources),
         auto_class=auto_class,
         revision=pinned or "main",
         pinned=pinned,
         mode=f', T={config["T"]}, schedule="{config["schedule"]}"' if config["T"] else ", T=4",
-        sites=_sites(config, table, auto_class),
-        spikes=_what_spikes(table, auto_class),
-        head="the language modelling head" if auto_class == "AutoModelForCausalLM" else "the output layer",
-        quality=_quality_table(rows),
+        spikes=_what_spikes(config, table, auto_class),
+        rest=_what_does_not(config, auto_class),
+        quality=_quality_table(measured),
         source=measured.file if measured else "",
         cost=_cost_table(rows),
-        energy=_energy_constants(measured) if any("energy" in row for row in rows) else "",
+        energy=_energy_constants(rows),
         calibration=_calibration(config, sources.calibration),
-        record=_record_tables(history),
+        record=_record_tables(history) or _conversion(sources.conversion),
         settings=_settings(config),
         code=sources.code,
         limit=f"Inputs of at most {limit} tokens{', generated ones included' if table.causal else ''}.",
     )
 
 
-def card_data(
-    repo_id: str,
-    config: Mapping[str, Any],
-    rows: list[dict[str, Any]],
-    history: list[Record],
-    options: CardOptions,
-) -> ModelCardData:
-    """The metadata of a card, with one evaluation result for each metric, T and schedule."""
+def card_data(repo_id: str, sources: Sources, measured: Record | None, options: CardOptions) -> ModelCardData:
+    """The metadata of a card, with one evaluation result for each metric, T and schedule.
+
+    Args:
+        repo_id: Where it is to be published.
+        sources: Where its figures come from.
+        measured: The record whose rows it shows.
+        options: What no results file knows.
+    """
+    config, history = sources.config, sources.history
     pipeline = PIPELINES[auto_class_name(dict(config))]
-    base = options.base_model or _hub_name(history[-1].setting("model", "model_name_or_path") if history else None)
+    base = options.base_model or _hub_name(_base(sources))
     datasets = dict.fromkeys(name for record in history if (name := dataset_of(record)[0]) and "/" in name)
-    dataset = dataset_of(history[0]) if history else (None, None, "unnamed data")
-    results = [result for row in rows for result in _eval_results(row, pipeline, *dataset)]
+    results = []
+    if measured:
+        results = [each for row in measured.rows for each in _eval_results(row, pipeline, *measured_on(measured))]
     return ModelCardData(
         model_name=repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
@@ -145,7 +147,7 @@ def card_data(
         library_name="transformers",
         pipeline_tag=pipeline,
         base_model=base,
-        base_model_relation="finetune" if base else None,
+        base_model_relation=("quantized" if sources.conversion else "finetune") if base else None,
         datasets=list(datasets) or None,
         tags=[
             "fas",
@@ -157,10 +159,25 @@ def card_data(
     )
 
 
+def _base(sources: Sources) -> Any:
+    """The model that the first stage started from, or that was converted: a name on the Hub, or a path."""
+    if sources.conversion:
+        return sources.conversion.content["configuration"].get("model")
+    return sources.history[-1].setting("model", "model_name_or_path") if sources.history else None
+
+
+def _local_base(sources: Sources) -> str | None:
+    """What a base model that is a local folder is called: its name, with the one above where that says little."""
+    base = _base(sources)
+    if not isinstance(base, str) or not base.strip("./…"):
+        return None
+    parts = [part for part in Path(base).parts if part not in ("/", "..", ".", "~", "…")]
+    return f"{code('/'.join(parts[-2:] if parts[-1] in GENERIC_NAMES else parts[-1:]))} (a local folder)"
+
+
 def inherited_options(folder: Path, options: CardOptions) -> CardOptions:
     """The options, with what is missing taken from the card in the folder, then from that of its base model."""
-    history = list(lineage(folder))
-    base = Path(str(history[-1][1].setting("model", "model_name_or_path") or "")) if history else Path()
+    base = Path(str(_base(read_sources(folder)) or ""))
     own, others = _card_of(folder), [_card_of(base)] if base != Path() else []
 
     def first(name: str) -> Any:
@@ -186,18 +203,34 @@ def _card_of(folder: Path) -> dict[str, Any]:
 
 
 def dataset_of(record: Record) -> tuple[str | None, str | None, str]:
-    """Data set of a training record: name on the Hub (or of the local folder), configuration, title."""
-    names = ("task_name", "dataset_name", "dataset_config_name")
-    task, name, config = (None if (found := record.setting("data", each)) is None else str(found) for each in names)
-    if task:
-        return "nyu-mll/glue", task, f"GLUE {task}"
-    name = name or record.setting("data", "train_file") or record.setting("data", "validation_file")
-    if not name:
-        return None, None, "unnamed data"
+    """Data set that a record trained on: name on the Hub (or of the local file), configuration, title."""
+    return _dataset(record, "train_file", "validation_file")
+
+
+def measured_on(record: Record) -> tuple[str | None, str | None, str]:
+    """Data set that the rows of a record were measured on, in the same way."""
+    return _dataset(record, "validation_file", "train_file")
+
+
+def _dataset(record: Record, *files: str) -> tuple[str | None, str | None, str]:
+    names = ("task_name", "dataset_name", "dataset_config_name", *files)
+    data = record.content["configuration"].get("data")
+    if not isinstance(data, Mapping):
+        data = record.content["configuration"] if record.is_conversion else {}
+    found = {name: None if data.get(name) is None else str(data[name]) for name in names}
+    file = next((found[name] for name in files if found[name]), None)
+    if found["task_name"] and not file and not found["dataset_name"]:
+        return "nyu-mll/glue", found["task_name"], f"GLUE {found['task_name']}"
+    name, config = found["dataset_name"] or file, found["dataset_config_name"]
+    if not name and record.is_conversion:
+        return _dataset_name(str(data.get("calibration_file")), None)
+    return _dataset_name(name, config) if name else (None, None, "unnamed data")
+
+
+def _dataset_name(name: str, config: str | None) -> tuple[str, str | None, str]:
     if _hub_name(name):
         return name, config, f"{name} {config}" if config else name
-    path = Path(str(name))
-    name = path.parent.name if path.suffix else path.name
+    name = Path(name).name
     return name, config, f"{name} {config} (local files)" if config else f"{name} (local files)"
 
 
@@ -221,6 +254,7 @@ def _eval_results(
     if row["mode"] == "stock":
         return
     when = f"T = {row['T']}, {row['schedule']}" if row["T"] else "T = 0, ANN"
+    count = _count(row)
     for metric, value in _metrics(row).items():
         yield EvalResult(
             task_type=pipeline,
@@ -228,6 +262,7 @@ def _eval_results(
             dataset_name=title,
             dataset_config=dataset_config,
             dataset_split=row["split"],
+            dataset_args={"rows": count} if count else None,
             metric_type=metric,
             metric_value=value,
             metric_name=f"{METRIC_NAMES.get(metric, metric)} ({when})",
@@ -235,15 +270,28 @@ def _eval_results(
         )
 
 
+def _count(row: Mapping[str, Any]) -> str | None:
+    """What a row was measured on, in numbers."""
+    quality = row["quality"]
+    return next((f"{quality[name]} {name}" for name in ("examples", "tokens") if name in quality), None)
+
+
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    return escaped_row(flat(row) | {"mode": MODES[row["mode"]]})
+    return escaped_row(flat(row) | {"mode": mode_name(row)})
 
 
-def _quality_table(rows: list[dict[str, Any]]) -> str:
+def _quality_table(measured: Record | None) -> str:
+    rows = measured.rows if measured else []
     metrics = list(dict.fromkeys(escaped(metric) for row in rows for metric in _metrics(row)))
-    split = ["split"] if len({row["split"] for row in rows}) > 1 else []
+    if measured is None or not metrics:
+        return ""
     digits = {metric: 2 if metric == "perplexity" else 4 for metric in metrics}
-    return markdown_table(map(_cells, rows), ["mode", "T", "schedule", *split, *metrics], digits) if metrics else ""
+    title = escaped(measured_on(measured)[2])
+    cells = [_cells(row) | {"data": title, "measured on": _count(row)} for row in rows]
+    columns = ["mode", "T", "schedule", *metrics, "data", "split", "measured on"]
+    return markdown_table(
+        _without_empty_columns([{name: row.get(name) for name in columns} for row in cells]), None, digits
+    )
 
 
 def _cost_table(rows: list[dict[str, Any]]) -> str:
@@ -257,12 +305,13 @@ def _cost_table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(table) if table else ""
 
 
-def _energy_constants(record: Record | None) -> str:
-    configuration = record.content["configuration"] if record else {}
-    if "mac_pj" not in configuration:
+def _energy_constants(rows: Sequence[Mapping[str, Any]]) -> str:
+    energy = next((row["energy"] for row in rows if "energy" in row), None)
+    if energy is None:
+        return ""
+    if "mac_pj" not in energy:
         return "The constants stand in the results file."
-    prices = [escaped(configuration.get(name)) for name in ("mac_pj", "ac_pj")]
-    return f"A multiply-accumulate counts {prices[0]} pJ, an accumulate {prices[1]} pJ."
+    return f"A multiply-accumulate counts {energy['mac_pj']} pJ, an accumulate {energy['ac_pj']} pJ."
 
 
 def _calibration(config: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
@@ -302,19 +351,36 @@ def _record_tables(history: list[Record]) -> str:
         row |= {title: record.setting("training", name) for name, title in RECORDED.items()}
         if row["stage"] == "calibrate":
             row[RECORDED["learning_rate"]] = None  # of the weights, which are frozen
+        trained = record.content.get("training")
+        if isinstance(trained, Mapping) and trained.get("epoch") is not None:
+            row[RECORDED["num_train_epochs"]] = round(float(trained["epoch"]), 2)  # those trained, not those asked for
         stages.append(escaped_row({key: None if value == -1 else _short(value) for key, value in row.items()}))
-    last = history[0].content
+    return "\n".join([markdown_table(_without_empty_columns(stages)), "", *_made_with(history[0].content)])
+
+
+def _conversion(record: Record | None) -> str:
+    """How a network was converted without training, and what that ran on."""
+    if record is None:
+        return ""
+    settings, metrics = record.content["configuration"], record.content["metrics"]
+    seconds = metrics.get("conversion_seconds")
+    took = f", in {seconds:.0f} s" if isinstance(seconds, int | float) else ""
+    text = f"Converted without training: thresholds of least squared error on {escaped(settings['tokens'])} tokens of "
+    text += f"{escaped(Path(str(settings['calibration_file'])).name)}{took}."
+    kinds = [escaped_row({str(key): value for key, value in row.items()}) for row in metrics.get("kinds") or ()]
+    table = [f"By kind of site, on the calibration:\n\n{markdown_table(kinds)}"] if kinds else []
+    return "\n\n".join([text, *table, "\n".join(_made_with(record.content))])
+
+
+def _made_with(last: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(escaped(f"{name} {version}") for name, version in (last.get("versions") or {}).items())
     hardware = ", ".join(escaped(f"{key}: {value}") for key, value in (last.get("hardware") or {}).items())
-    lines = [
-        markdown_table(_without_empty_columns(stages)),
-        "",
+    return [
         f"- Commit of the code: {escaped(last.get('commit') or 'not recorded')}; date: {escaped(last.get('date'))}",
         f"- Versions: {versions}",
         f"- Hardware: {hardware}",
         f"- Command: {code(without_paths(str(last.get('command') or 'not recorded')))}",
     ]
-    return "\n".join(lines)
 
 
 def _short(value: Any) -> Any:
@@ -341,10 +407,37 @@ def _sites(config: Mapping[str, Any], table: Backbone, auto_class: str) -> int:
     return blocks * len(table.sites) + len(_outer_sites(table, auto_class))
 
 
-def _what_spikes(table: Backbone, auto_class: str) -> str:
-    """What the neurons stand in for."""
+def _what_spikes(config: Mapping[str, Any], table: Backbone, auto_class: str) -> str:
+    """Where the neurons stand, and what they send, in a sentence or two."""
+    where = config.get("sites", "mlp")
+    if where != "mlp":
+        text = "Integrate-and-fire neuron sites stand at the input of every linear layer of every block"
+        text += ", at the queries and the values of every attention" if where == "all" else ""
+        text += " and at the input of the head" if auto_class != "AutoModel" else ""
+        base = f" with base {config['code_base']:.4g}" if config.get("code") == "first_spike" else ""
+        return (
+            f"{text}. Their output is a train of spikes of both signs, in the code `{escaped(config.get('code'))}`"
+            f"{base}, and the matrix product after each of them can be done by additions."
+        )
     site = table.sites[0]
     inner = "in place of the activation in the MLP of every block"
     if site.at == "input":
         inner = f"at the input of `{site.path}` in every block{', with spikes of both signs' if site.signed else ''}"
-    return " and ".join([inner, *(f"of that of {name}" for name in _outer_sites(table, auto_class))])
+    places = " and ".join([inner, *(f"of that of {name}" for name in _outer_sites(table, auto_class))])
+    return (
+        f"{_sites(config, table, auto_class)} integrate-and-fire neuron sites stand {places}. Their output is a train "
+        "of spikes, each worth one threshold, and the matrix product after them can be done by additions."
+    )
+
+
+def _what_does_not(config: Mapping[str, Any], auto_class: str) -> str:
+    """What works on real numbers, and when it runs."""
+    if config.get("sites", "mlp") != "mlp":
+        everything = "embeddings, the softmax of attention, layer norms, activations and residual connections"
+    else:
+        head = "the language modelling head" if auto_class == "AutoModelForCausalLM" else "the output layer"
+        everything = (
+            "embeddings, attention with its projections and its softmax, layer norms, residual connections and "
+        )
+        everything += head
+    return f"Everything else works on real numbers as in the stock model: {everything}."

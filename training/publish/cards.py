@@ -32,6 +32,7 @@ def write_card(folder: Path, repo_id: str, options: CardOptions, path: Path) -> 
         weights = weights_sha256(folder)
         for record in sources.records:
             record.check(weights, folder)
+    sources.forget_paths()
     write_json(path.with_suffix(".json"), {"repo_id": repo_id, "options": options, "sources": sources})
     build_card(sources, repo_id, options).save(path)
 

@@ -1,15 +1,17 @@
 """The results files of a checkpoint folder: read, and held against the weights they claim to be of."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..results import checksum, fault_of, read_results
+from ..results import checksum, fault_of, read_results, without_paths
 from .files import REPORT, VerificationError, read_json
 
 
 CALIBRATION = "calibration.json"
+GENERIC_NAMES = {"model", "checkpoint", "main", "final"}  # of folders, that say nothing of what is in them
 AGAIN = "Evaluate the checkpoint again (`--do_eval` of its script, or training.evaluate), or remove the file."
 
 
@@ -38,6 +40,11 @@ class Record:
                 f"train again with a lower rate. {AGAIN}"
             )
         return rows
+
+    @property
+    def is_conversion(self) -> bool:
+        """Whether it is of a conversion without training (`training.convert MODEL --sites …`)."""
+        return "calibration_file" in self.content["configuration"]
 
     def setting(self, part: str, name: str) -> Any:
         """One setting of the run, or None."""
@@ -110,11 +117,43 @@ class Sources:
             ) from error
         return sources
 
+    def forget_paths(self) -> None:
+        """Cut the paths of this machine out of all records."""
+        for record in (*self.records, *self.earlier):
+            record.content = portable(record.content)
+
     @property
     def history(self) -> list[Record]:
         """The training records, newest first."""
         own = training_record(self.records)
         return [own, *self.earlier] if own else []
+
+    @property
+    def conversion(self) -> "Record | None":
+        """The record of the conversion without training that made the checkpoint, if that did."""
+        return None if self.history else next((each for each in self.records if each.is_conversion), None)
+
+
+def portable(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A results file without the paths of this machine, cut to the last names in them; its `sha256` is taken anew."""
+    cut = {
+        name: _cut(value) if name in ("command", "configuration", "training") else value
+        for name, value in content.items()
+    }
+    return cut | {"sha256": checksum(cut)} if "sha256" in cut else cut
+
+
+def _cut(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _cut(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_cut(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    if re.match(r"(/|~|\.\.?/)[^\s]*$", value):  # nothing but a path; the mark keeps it from being a name on the Hub
+        parts = Path(value).parts
+        return "/".join(("…", *parts[-2 if parts[-1] in GENERIC_NAMES else -1 :]))
+    return without_paths(value)
 
 
 def read_records(folder: Path) -> list[Record]:

@@ -17,6 +17,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..results import write_json
 from . import files, verification
 from .card import CardOptions, build_card, inherited_options
 from .code import describe
@@ -112,6 +113,9 @@ def publish(
         verified = verification.verify(staged, model, folder, allow_changed_code)
         for record in sources.records:
             record.check(verified.fingerprint, folder)
+        sources.forget_paths()
+        for record in sources.records:
+            write_json(staged / record.file, record.content)
         sources.code = describe(verified.difference)
         build_card(sources, repo_id, card).save(staged / "README.md")
         files.check_file(staged / "README.md", "README.md")
