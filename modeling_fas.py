@@ -73,15 +73,15 @@ class FASMixin(PreTrainedModel):
     _supports_flex_attn = False  # its masks are no tensors, and know one number of rows
 
     def __init__(self, config, *args, **kwargs):
-        own = next((each for each in CONFIGURATIONS if each.__name__ == type(config).__name__), None)
-        if own is not None and type(config) is not own:
-            # Loaded as remote code, a configuration comes from another copy of its file, with other threads' state.
-            config.__class__ = own
         super().__init__(config, *args, **kwargs)
         self._make_spiking()
 
     def _make_spiking(self) -> None:
-        config = self.config
+        config: Any = self.config
+        own: Any = self.config_class
+        if type(config).__name__ == own.__name__:
+            # Loaded as remote code, a configuration comes from another copy of its file, with other threads' state.
+            config.__class__ = own
         if getattr(config, "add_cross_attention", False):
             raise ValueError("`add_cross_attention` must be False: a spiking model has no encoder, got True.")
         if getattr(config, "layerdrop", 0.0):

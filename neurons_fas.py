@@ -72,12 +72,11 @@ def _start(initial_potential: torch.Tensor | None, signed: bool) -> Any:
 
 def _level(z, potential, T: int, signed: bool, code: str, base) -> torch.Tensor:
     """What T steps make of the constant input z, both in units of the threshold: from 0, or -1 if signed, to 1."""
-    if code == "rate":
-        return _spike_count(z, potential, T, signed).div_(T)
-    if code == "phase":
-        most = 2**T - 1
-        return (z * most).add_(0.5).floor_().clamp_(-most if signed else 0, most).div_(most)
-    return _first_spike(z, T, signed, base)[1]
+    if code == "first_spike":
+        return _first_spike(z, T, signed, base)[1]
+    most = T if code == "rate" else 2**T - 1
+    # By a number, PyTorch would divide through its reciprocal on CUDA, which rounds otherwise.
+    return _spike_count(z, potential, most, signed).div_(z.new_full((), most))
 
 
 def _first_spike(z, T: int, signed: bool, base) -> tuple[torch.Tensor, torch.Tensor]:

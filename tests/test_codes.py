@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neurons_fas import encode, qcfs, spike_count, spike_train
 
@@ -112,3 +113,26 @@ def test_gradients_are_straight_through(code, signed):
         emitted = torch.where(level == 0, level, level.sign() * b**-steps) * theta.detach()
         (emitted * weight).sum().backward()
         torch.testing.assert_close(base.grad, b.grad)
+
+
+class Divisors(TorchDispatchMode):
+    """What tensors are divided by."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_):
+            self.found.append(args[1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_values_are_divided_as_on_a_gpu(code):
+    """PyTorch divides by a number through its reciprocal there, so that levels would differ from those of a CPU."""
+    with Divisors() as divisors:
+        encode(torch.randn(4, 6), torch.ones(6), 3, code)
+    assert divisors.found
+    halves = {2} if code == "first_spike" else set()  # exact either way
+    assert {each for each in divisors.found if not isinstance(each, torch.Tensor)} <= halves

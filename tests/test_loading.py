@@ -71,6 +71,48 @@ def test_a_new_process_without_the_repository_gives_equal_logits(tmp_path, run_o
         assert torch.equal(torch.load(folder / "logits.pt", weights_only=True), logits)
 
 
+# A checkpoint's configuration comes from another copy of its file than the model's own: transformers keeps them apart.
+RUNNING = """
+import sys, torch, transformers
+def load(folder, auto, own_config):
+    arguments = {"trust_remote_code": True}
+    if own_config:
+        arguments["config"] = transformers.AutoConfig.from_pretrained(folder, **arguments)
+    return getattr(transformers, auto).from_pretrained(folder, **arguments).eval()
+ids, pairs = torch.arange(8)[None], []
+for folder, auto in zip(sys.argv[1::2], sys.argv[2::2]):
+    pairs += [(folder, *[load(folder, auto, own_config) for _ in range(2)]) for own_config in (False, True)]
+for folder, model, other in pairs:  # all of them beside each other
+    assert type(model.config) is type(model).config_class
+    before = model(ids).logits
+    for schedule in ("layerwise", "stepwise", "accumulated"):
+        where = folder, schedule
+        with model.running(3, schedule):
+            assert (model.config.T, model.neurons()[0][1].T) == (3, 3), where
+            found = model(ids).logits
+        expected = other.set_timesteps(3, schedule)(ids).logits
+        assert torch.equal(found, expected) and not torch.equal(found, before), where
+        assert (model.config.T, model.config.schedule) == (0, "stepwise"), where
+        assert torch.equal(model(ids).logits, before), where
+        if schedule != "layerwise":
+            exits = model.early_exit(3, schedule, input_ids=ids)
+            torch.testing.assert_close(exits[-1], expected)
+            assert exits.shape == (3, *before.shape), where
+            assert model.config.T == 0 and torch.equal(model(ids).logits, before), where
+"""
+
+
+def test_remote_code_runs_for_a_while_as_asked(tmp_path, run_outside):
+    tiny.model("gpt2").save_pretrained(tmp_path / "one")
+    tiny.model("gpt2", L=4).save_pretrained(tmp_path / "other")
+    # Its class is made otherwise: transformers' generic classifier looks in its Auto classes.
+    classifier = backbones.model("llama", "AutoModelForSequenceClassification")
+    classifier.save_pretrained(tmp_path / "classifier")
+    autos = {"one": "AutoModelForCausalLM", "other": "AutoModelForCausalLM"}
+    autos["classifier"] = "AutoModelForSequenceClassification"
+    run_outside(["-c", RUNNING, *(part for name, auto in autos.items() for part in (str(tmp_path / name), auto))])
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("granularity", [None, "layer", "neuron", "position"])
 def test_auto_classes_load_what_was_saved(kind, granularity, tmp_path):
