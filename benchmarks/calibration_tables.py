@@ -1,4 +1,4 @@
-"""The tables of docs/calibration.md and docs/choosing-L-and-T.md, and its plot, from the results files.
+"""The tables of benchmarks/calibration.md and docs/choosing-L-and-T.md, and its plot, from the results files.
 
 python -m benchmarks.calibration_tables [--check]
 """
@@ -28,6 +28,14 @@ METRICS = {
     "prose_perplexity": "prose, perplexity",
     "wikitext_perplexity": "WikiText-103 (tokens version), perplexity",
     "divergence_from_qcfs": "divergence of the output from QCFS",
+}
+
+
+TASKS = {
+    "sst2": "accuracy",
+    "cola": "matthews",
+    "stsb": "pearson_spearman",
+    "prose": "prose_perplexity",
 }
 
 
@@ -177,16 +185,47 @@ def l_and_t():
     drawn = io.BytesIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None})
     yield Part("docs/L-and-T.svg", None, drawn.getvalue())
-    text = "![Perplexity by T, for each L](L-and-T.svg)\n\n" + markdown_table(rows, digits=1)
-    yield Part("docs/choosing-L-and-T.md", "l-and-t", text)
+    text = "![Perplexity by T, for each L](../docs/L-and-T.svg)\n\n" + markdown_table(rows, digits=1)
+    yield Part("benchmarks/choosing-L-and-T.md", "l-and-t", text)
+
+
+def scores_of(task, metric):
+    """By seed, the scores of a calibration benchmark, by variant and T."""
+    runs = [read_results(path) for path in sorted((RESULTS / "calibration").glob(f"{task}_s*.json"))]
+    return [{(row["variant"], row["T"]): row.get(metric) for row in run["metrics"]} for run in runs]
+
+
+def calibrated():
+    """What calibration gives at T = 4, in short: one row a task."""
+    rows = []
+    for task, metric in TASKS.items():
+        scores = scores_of(task, metric)
+        row = {"": METRICS[metric], "QCFS (T = 0)": spread([each["qcfs", None] for each in scores])}
+        for variant, label in (("uncalibrated", "uncalibrated"), ("published", "published recipe"), ("fine", "here")):
+            row[label] = spread([each[variant, 4] for each in scores])
+        rows.append(row)
+    return markdown_table(rows)
+
+
+def four_or_eight():
+    """How often T = 8 is worse than T = 4, stepwise, uncalibrated and calibrated."""
+    rows = []
+    for variant, label in (("uncalibrated", "uncalibrated"), ("fine", "calibrated for its T")):
+        row = {"stepwise": label}
+        for task, metric in TASKS.items():
+            sign = -1 if metric.endswith("perplexity") else 1
+            scores = scores_of(task, metric)
+            worse = sum(sign * each[variant, 8] < sign * each[variant, 4] for each in scores)
+            row[METRICS[metric].split(",")[0]] = f"{worse} of {len(scores)} seeds"
+        rows.append(row)
+    return f"How often T = 8 was *worse* than T = 4:\n\n{markdown_table(rows)}"
 
 
 def missed():
     """Where 80 % of the gap was to be closed and is not, with what was tried."""
-    runs = [read_results(path) for path in sorted((RESULTS / "calibration").glob("sst2_s*.json"))]
-    scores = [{(row["variant"], row["T"]): row.get("accuracy") for row in run["metrics"]} for run in runs]
+    scores = scores_of("sst2", "accuracy")
     gap = mean(each["qcfs", None] - each["uncalibrated", 8] for each in scores)
-    judged = runs[0]["configuration"]["evaluation_rows"]
+    judged = read_results(RESULTS / "calibration" / "sst2_s0.json")["configuration"]["evaluation_rows"]
     settings = read_results(RESULTS / "calibration_settings.json")["metrics"]
 
     def share(metric, **wanted):
@@ -218,7 +257,9 @@ def parts():
         ("lengths", lengths_table),
         ("cost", cost_table),
     ):
-        yield Part("docs/calibration.md", name, table())
+        yield Part("benchmarks/calibration.md", name, table())
+    yield Part("docs/calibration.md", "calibrated", calibrated())
+    yield Part("docs/choosing-L-and-T.md", "four or eight", four_or_eight())
     yield from l_and_t()
 
 

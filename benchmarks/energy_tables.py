@@ -1,4 +1,4 @@
-"""The energy of GPT-2 small in docs/measurement.md and docs/speed.md, from results/energy_gpt2_small.json.
+"""The energy of GPT-2 small in benchmarks/energy.md, docs/measurement.md and docs/speed.md, from results/energy_gpt2_small.json.
 
 python -m benchmarks.energy_tables [--check]
 """
@@ -15,7 +15,9 @@ def parts() -> Iterator[Part]:
     long, short = (
         {(row["execution"], row["T"]): row for row in rows if row["length"] == length} for length in (1024, 128)
     )
-    yield Part("docs/measurement.md", "energy", energy(long))
+    table, said = energy(long)
+    yield Part("benchmarks/energy.md", "energy", f"{table}\n\n{said}")
+    yield Part("docs/measurement.md", "energy", said)
     left = {T: short["stepwise", T]["dense, M"] / short["replicated", T]["dense, M"] for T in (4, 8)}
     yield Part(
         "docs/speed.md",
@@ -25,7 +27,7 @@ def parts() -> Iterator[Part]:
     )
 
 
-def energy(found: dict) -> str:
+def energy(found: dict) -> tuple[str, str]:
     """The table, and what it says of stepwise execution."""
     columns = [column for column in next(iter(found.values())) if column != "length"]
     ratio = {key: row["ratio"] for key, row in found.items()}
@@ -44,7 +46,7 @@ def energy(found: dict) -> str:
         f"alone are {stay[2]:.2f} times those of the ANN at T = 2, {stay[4]:.2f} times at T = 4. With neurons in the "
         f"MLPs only, no more than the product after them can be saved, {100 * saved:.0f} % of GPT-2 small."
     )
-    return "\n\n".join([markdown_table(found.values(), columns, digits=2), wrapped(published), wrapped(costs)])
+    return markdown_table(found.values(), columns, digits=2), f"{wrapped(published)}\n\n{wrapped(costs)}"
 
 
 if __name__ == "__main__":

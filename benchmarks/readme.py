@@ -1,4 +1,4 @@
-"""The table of README.md, from the results of the demo.
+"""The table of the demo in docs/results.md, and that of README.md.
 
 python -m benchmarks.readme [--check] [RESULTS]     RESULTS replaces benchmarks/results/demo.json first
 """
@@ -18,7 +18,8 @@ def parts() -> Iterator[Part]:
     """The rows of the demo, and what they were measured on."""
     record = read_results(RESULTS / "demo.json")
     table = markdown_table(map(flat, record["metrics"]["rows"]), COLUMNS)
-    yield Part("README.md", "demo", f"{table}\n\n`make demo`, {source(record)}")
+    examples = {row["quality"]["examples"] for row in record["metrics"]["rows"] if "quality" in row}
+    yield Part("docs/results.md", "demo", f"{table}\n\nn = {', '.join(map(str, sorted(examples)))}. {source(record)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run every benchmark, one CPU thread, one process to import torch once; write the tables of `docs/speed.md`."""
+"""Run every benchmark, one CPU thread, one process to import torch once; write the tables of `benchmarks/speed.md`."""
 
 import os
 import runpy

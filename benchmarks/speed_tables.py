@@ -1,4 +1,4 @@
-"""The tables of docs/speed.md, from results/speed: `python -m benchmarks.speed_tables [--check]`."""
+"""The tables of benchmarks/speed.md and docs/speed.md, from results/speed: `python -m benchmarks.speed_tables [--check]`."""
 
 import sys
 from collections.abc import Iterator
@@ -7,8 +7,32 @@ from benchmarks.pages import RESULTS, Part, command, source
 from training.results import markdown_table, read_results
 
 
+# What is done, results file, end of the measure's name.
+SHORT = (
+    ("layerwise, T = 8, GPT-2, batch 8", "layerwise", "GPT-2 small, batch 8, T = 8, layerwise over stock: time"),
+    ("layerwise, T = 8, BERT, batch 8", "layerwise", "BERT-base, batch 8, T = 8, layerwise over stock: time"),
+    ("stepwise, T = 4, GPT-2, 128 tokens", "scaling", "stepwise over stock, T = 4, 128 tokens: time"),
+    ("stepwise, T = 8, GPT-2, 128 tokens", "scaling", "stepwise over stock, T = 8, 128 tokens: time"),
+    ("decoding a token, layerwise, T = 4", "decoding", "per token: layerwise over stock"),
+    ("decoding a token, stepwise, T = 4", "decoding", "per token: stepwise over stock"),
+    ("the same, both compiled", "decoding_compiled", "per token: stepwise compiled over stock compiled"),
+    ("training step with QCFS, GPT-2", "training_step", "GPT-2 small, batch 2, training step, QCFS over GELU: time"),
+)
+
+
 def parts() -> Iterator[Part]:
-    yield Part("docs/speed.md", "speed", tables())
+    yield Part("benchmarks/speed.md", "speed", tables())
+    yield Part("docs/speed.md", "speed in short", in_short())
+
+
+def in_short() -> str:
+    """A line for each thing that a user does, over the stock model."""
+    records = {path.stem: read_results(path) for path in (RESULTS / "speed").glob("*.json")}
+    rows = []
+    for what, file, measure in SHORT:
+        got = next(row["got"] for row in records[file]["metrics"] if row["measure"].endswith(measure))
+        rows.append({"": what, "over stock": got})
+    return markdown_table(rows, digits=2)
 
 
 def tables() -> str:

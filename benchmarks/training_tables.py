@@ -1,4 +1,4 @@
-"""docs/training-results.md, from the results files in results/training.
+"""benchmarks/training-results.md, from the results files in results/training.
 
 python -m benchmarks.training_tables [--check]
 """
@@ -21,7 +21,7 @@ SECTIONS = (
         "published",
         "Published command lines",
         "The six published command lines, short, on the models and data of `../shared`; "
-        "[what they printed](../benchmarks/results/training/published.txt) begins with each command. "
+        "[what they printed](results/training/published.txt) begins with each command. "
         "GPT-2 was trained on prose and is evaluated on WikiText-103, so perplexities are high.",
     ),
     ("tasks", "GLUE tasks", "Every task through downstream and calibrate, a few steps: that they run, no more."),
@@ -74,7 +74,7 @@ def _short(value):
 
 def parts() -> Iterator[Part]:
     sections = [section(*each) for each in SECTIONS if (RESULTS / "training" / f"{each[0]}.json").is_file()]
-    yield Part("docs/training-results.md", None, "\n".join([HEAD, *sections]))
+    yield Part("benchmarks/training-results.md", None, "\n".join([HEAD, *sections]))
 
 
 if __name__ == "__main__":
