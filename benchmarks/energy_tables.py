@@ -1,4 +1,4 @@
-"""The energy of GPT-2 small in benchmarks/energy.md, docs/measurement.md and docs/speed.md, from results/energy_gpt2_small.json.
+"""The energy of GPT-2 small in three documents, from results/energy_gpt2_small.json.
 
 python -m benchmarks.energy_tables [--check]
 """

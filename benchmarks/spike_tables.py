@@ -1,4 +1,4 @@
-"""The tables of benchmarks/spike-driven.md and docs/results.md, from results: `python -m benchmarks.spike_tables [--check]`."""
+"""The tables of spike-driven.md and docs/results.md: `python -m benchmarks.spike_tables [--check]`."""
 
 import statistics
 import sys
@@ -12,7 +12,10 @@ from training.results import markdown_table, read_results
 PAGE = "benchmarks/spike-driven.md"
 SHORT = "docs/results.md"
 # Of the training-free codes, those that the short tables show.
-CHOSEN = {"prose": {("phase", 4), ("phase", 5), ("first_spike", 16)}, "smollm2": {("phase", 5), ("phase", 6), ("phase", 7)}}
+CHOSEN = {
+    "prose": {("phase", 4), ("phase", 5), ("first_spike", 16)},
+    "smollm2": {("phase", 5), ("phase", 6), ("phase", 7)},
+}
 MODELS = {"prose": "gpt2-prose-mini, prose", "smollm2": "SmolLM2-135M, WikiText-103"}
 
 
@@ -67,7 +70,10 @@ def chosen() -> list[dict[str, Any]]:
 
 
 def in_short() -> str:
-    return markdown_table(chosen(), digits=2) + "\n\nOne seed of calibration text; the conversion itself has no chance in it."
+    return (
+        markdown_table(chosen(), digits=2)
+        + "\n\nOne seed of calibration text; the conversion itself has no chance in it."
+    )
 
 
 def distilled() -> str:
