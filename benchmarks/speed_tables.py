@@ -1,4 +1,4 @@
-"""The tables of speed.md in benchmarks/ and docs/, from results/speed: `python -m benchmarks.speed_tables [--check]`."""
+"""The tables of speed.md in benchmarks/ and docs/, from results/speed: `benchmarks.speed_tables [--check]`."""
 
 import sys
 from collections.abc import Iterator
