@@ -20,6 +20,7 @@ from .layout import schedule_to_train
 from .publish.upload import PublishMixin
 from .results import write_json
 from .resume import RUN_FILE
+from .watching import site_scalars, trackers
 
 
 THRESHOLD_NAMES = ("threshold", "initial_potential", ".gain")
@@ -118,7 +119,8 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
     Thresholds and initial potentials have their own parameter group (own learning rate, no weight decay) and are kept
     positive after every step. Accumulated gradients are those of the large batch, also where stock heads average over
     each micro-batch. A model is saved whole or not at all, and a checkpoint has its `trainer_state.json`
-    only when all else of it is written. Training stops at the first loss or weight that is not finite.
+    only when all else of it is written. Training stops at the first loss or weight that is not finite. Trackers, such
+    as `--report_to` names, are told spike rate, threshold, dead and saturated shares of every site at logging steps.
 
     Args:
         threshold_learning_rate: Of that group; by default `args.threshold_learning_rate` or else `args.learning_rate`.
@@ -130,6 +132,9 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
 
     # What [`training.resume.settings_of`] says of the run: written into its checkpoints.
     run_settings: dict[str, Any] | None = None
+    # Of the last step, for what trackers are told of sites.
+    last_inputs: Mapping[str, Any] | None = None
+    last_errors: Mapping[str, torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -180,10 +185,23 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
         with whole_or_nothing(Path(output_dir or self.args.output_dir)) as scratch:
             return super()._save(scratch, state_dict)
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.last_inputs = inputs
+        loss = super().training_step(model, inputs, *args, **kwargs)
         check_finite(self.args, self.state.global_step + 1, loss=loss)
         return loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Log; in training, tell trackers (not the console, nor `log_history`) what every site does."""
+        super().log(logs, *args, **kwargs)
+        told = trackers(self.callback_handler.callbacks)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if "loss" not in logs or not told or sharded or self.last_inputs is None or not hasattr(self.model, "neurons"):
+            return
+        if self.is_world_process_zero():
+            scalars = site_scalars(self.model, self._prepare_inputs(dict(self.last_inputs)), self.last_errors)
+            for callback in told:
+                callback.on_log(self.args, self.state, self.control, model=self.model, logs=scalars)
 
     def _save_checkpoint(self, model, trial, *args, **kwargs):
         run_dir = Path(self._get_output_dir(trial=trial))
@@ -291,4 +309,5 @@ class FASCalibrationTrainer(CountingTrainer):
         weight = getattr(self.args, "site_weight", None)
         settings = ({} if weight is None else {"site_weight": weight}) | self.loss_settings
         result = calibration_loss(model, inputs, num_rows=counts[0], num_tokens=counts[1], **settings)
+        self.last_errors = result.sites
         return (result.loss, result) if return_outputs else result.loss

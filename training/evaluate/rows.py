@@ -37,6 +37,11 @@ class Mode:
     def __str__(self) -> str:
         return f"{self.schedule} T = {self.T}" if self.T else MODES[self.name]
 
+    @property
+    def tag(self) -> str:
+        """What trackers are told it is called."""
+        return f"{self.schedule}_T{self.T}" if self.T else self.name
+
     def row(self) -> dict[str, Any]:
         """What a row of results begins with."""
         return {"mode": self.name, "T": self.T, "schedule": self.schedule}

@@ -39,14 +39,15 @@ def evaluate_trainer(
         for split, dataset in splits.items():
             start = time.perf_counter()
             with mode.of(model, stock=model), SpikeMonitor(model) if fas else nullcontext() as monitor:
-                measured = trainer.evaluate(dataset, metric_key_prefix="eval")
+                prefix = "_".join(["eval", mode.tag, *([split] if len(splits) > 1 else [])])  # a tag of its own
+                measured = trainer.evaluate(dataset, metric_key_prefix=prefix)
             row = {
                 **mode.row(),
                 "split": split,
                 "quality": {
-                    name.removeprefix("eval_"): value
+                    name.removeprefix(f"{prefix}_"): value
                     for name, value in measured.items()
-                    if name.startswith("eval_") and not name.endswith(_TIMING)
+                    if name.startswith(f"{prefix}_") and not name.endswith(_TIMING)
                 },
                 "spike_rate": None,
                 "seconds": time.perf_counter() - start,
