@@ -162,9 +162,11 @@ def test_kernels_run_in_remote_code(triton, tmp_path, run_outside):
     run_outside(["-c", INTERPRETED, str(tmp_path / "model"), triton.__path__[0].rpartition("/")[0]])
 
 
+@pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_kernels_compile_for_a_gpu(dtype, triton, monkeypatch, tmp_path):
-    """The interpreter takes what the compiler refuses; the compiler needs no GPU."""
+def test_kernels_compile_for_a_gpu(dtype, signed, triton, monkeypatch, tmp_path):
+    """The interpreter takes what the compiler refuses; the compiler needs no GPU. No spike is rounded otherwise there:
+    nothing that a comparison sees is a fused product and sum, or a quotient."""
     from triton.backends.compiler import GPUTarget
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -173,10 +175,15 @@ def test_kernels_compile_for_a_gpu(dtype, triton, monkeypatch, tmp_path):
     low = {"x", "grad", "emitted"}
     for kernel in (neurons_fas._fire_kernel, neurons_fas._differentiate_kernel):
         function = triton.jit(kernel)
-        kinds = dict.fromkeys(("size", "columns", "x_step", "T"), "i32") | {"BLOCK": "constexpr"}
+        kinds = dict.fromkeys(("size", "columns", "x_step", "T"), "i32")
+        kinds |= dict.fromkeys(("SIGNED", "BLOCK"), "constexpr")
         signature = {name: kinds.get(name, f"*{dtype if name in low else 'fp32'}") for name in function.arg_names}
-        source = triton.compiler.ASTSource(function, signature, {(len(signature) - 1,): 1024})
-        assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+        constants = {(len(signature) - 2,): signed, (len(signature) - 1,): 1024}
+        made = triton.compile(
+            triton.compiler.ASTSource(function, signature, constants), target=GPUTarget("cuda", 80, 32)
+        )
+        assert made.asm["cubin"] and "div." not in made.asm["ptx"].replace("div.s", "").replace("div.u", "")
+        assert kernel is neurons_fas._differentiate_kernel or "fma" not in made.asm["ptx"]
 
 
 def test_triton_that_does_not_run_is_not_needed(triton, monkeypatch, caplog):
