@@ -15,7 +15,7 @@ OLD_VENV := .venv-transformers4
 RUN := $(VENV)/bin/python
 OLD_RUN := $(OLD_VENV)/bin/python
 
-.PHONY: help demo demo-llm test test-slow test-matrix quality style bench tables clean
+.PHONY: help demo demo-llm test test-slow test-matrix quality style bench tables docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -52,12 +52,16 @@ bench: $(VENV)/.installed ## the benchmarks of speed, one CPU thread (BENCHMARKS
 tables: $(VENV)/.installed ## write every generated part of README and docs (ARGS=--check: only say what is out of date)
 	$(RUN) -m benchmarks.tables $(ARGS)
 
+docs: $(VENV)/.installed ## build the documentation site, offline; a broken link or docstring fails (build/docs/index.html)
+	$(RUN) -m sphinx -W --keep-going -q -c docs . build/docs
+	@echo "The site is in build/docs/index.html"
+
 clean: ## remove the virtual environments and the tools' caches
 	rm -rf $(VENV) $(OLD_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # A virtual environment is made anew when what it is made from changes.
 $(VENV)/.installed: constraints.txt
-$(VENV)/.installed: EXTRAS := dev,demo
+$(VENV)/.installed: EXTRAS := dev,demo,docs
 $(OLD_VENV)/.installed: constraints-transformers4.txt
 $(OLD_VENV)/.installed: EXTRAS := dev
 
