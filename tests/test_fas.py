@@ -278,7 +278,7 @@ def test_a_raster_says_what_it_shows(folders):
         model(**batch)
     axes = recorder.raster(row=1)
     assert [each.get_text() for each in axes.get_xticklabels()] == ["[CLS]", "a", "dull", "plot", "[SEP]"]
-    assert "1 intermediate.intermediate_act_fn: 8 (evenly spaced) of 32 neurons" in axes.get_title("left")
+    assert "1 intermediate_act_fn: 8 (evenly spaced) of 32 neurons" in axes.get_title("left")
     assert "4 timesteps wide (stepwise)" in axes.get_xlabel()
     picture = recorder.picture(row=1)
     drawn = sum(len(each.get_positions()) for each in axes.collections if hasattr(each, "get_positions"))

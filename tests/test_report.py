@@ -226,10 +226,10 @@ def test_sites_are_categories_and_dead_ones_are_marked(metrics):
     dead = spoiled(metrics, dead=neurons, spike_rate=0.0)
     axes = axes_of(plots.spike_rate_plot, dead)
     names = [each.get_text() for each in axes.get_xticklabels()]
-    assert names[0] == "0 intermediate.intermediate_act_fn" and names[-1] == "pooler.activation"
+    assert names[0] == "0 intermediate_act_fn" and names[-1] == "pooler.activation"
     (marked,) = (line for line in axes.lines if "dead" in str(line.get_label()))
     assert {*marked.get_xdata()} == {1} and all(line.get_linestyle() == "None" for line in axes.lines)
-    assert "1 intermediate.intermediate_act_fn (dead)" in [
+    assert "1 intermediate_act_fn (dead)" in [
         row["site"] for row in tables({"metrics": dead})["Sites, stepwise T = 1"]
     ]
 

@@ -114,5 +114,5 @@ def test_tensorboard_gets_a_curve_for_every_site(tmp_path):
     (folder,) = {path.parent for path in tmp_path.rglob("events.out.*")}
     events = EventAccumulator(str(folder))
     events.Reload()
-    tag = "train/spike_rate/qcfs/0 intermediate.intermediate_act_fn"
+    tag = "train/spike_rate/qcfs/0 intermediate_act_fn"
     assert [each.step for each in events.Scalars(tag)] == [2, 4]

@@ -78,6 +78,8 @@ def auto_class(model: Any) -> str:
 def label(site: str) -> str:
     """What people are told a site is called, from its name: its block and its module, `3 mlp.act`; else its module."""
     parts = site.removesuffix(".site").split(".")
+    if len(parts) > 1 and parts[-1].startswith(parts[-2]):  # intermediate.intermediate_act_fn
+        del parts[-2]
     block = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if block is None:
         return ".".join(parts[-2:])

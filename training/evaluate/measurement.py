@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from configuration_fas import MOST_TIMESTEPS
 
 from ..calibrate.loss import uncalibrated
-from ..layout import auto_class, predicts_next, spikes_by_itself
+from ..layout import auto_class, pooled, predicts_next, spikes_by_itself
 from ..metrics import METRICS
 from ..results import fingerprint
 from .energy import AC_PJ, MAC_PJ, energy_report
@@ -383,7 +383,9 @@ def _raster(
     if not spiking:
         return None
     row = max(spiking, key=lambda each: each["T"])
-    rates = sorted((site["spike_rate"], site["site"]) for site in row["sites"] if site["spike_rate"] > 0)
+    whole = pooled(run.model)  # has no tokens
+    rates = sorted((site["spike_rate"], site["site"]) for site in row["sites"] if site["site"] not in whole)
+    rates = [each for each in rates if each[0] > 0]
     if not rates:
         return None
     site = rates[len(rates) // 2][1]

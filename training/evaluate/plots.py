@@ -146,6 +146,7 @@ def histogram_plot(results: Mapping[str, Any]) -> Figure:
         axes.bar(places, shares, width, color=SCHEDULE_COLOURS[schedule], label=run_name(row))
     axes.set_xticks(range(len(RATE_BINS)), ["0 (dead)", *(f"≤ {high:g}" for high in RATE_BINS[1:])], fontsize=9)
     axes.tick_params(axis="x", rotation=35)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set(xlabel="spikes per timestep", ylabel="share of all neurons", title="neurons by spike rate")
     _legend(figure)
