@@ -317,10 +317,10 @@ def test_models_that_cannot_be_converted_and_memory_that_runs_out(gpt2, corpus, 
 def test_help_is_one_page_on_both_ways_and_recipes_say_what_they_miss(capsys):
     assert convert.command(["--help"]) == 0
     page = capsys.readouterr().out
-    assert "without training:" in page and "the published method:" in page and "gpt2_downstream" in page
+    assert "without training:" in page and "with training, the published method:" in page and "gpt2_downstream" in page
     assert max(map(len, page.splitlines())) <= 120
-    assert convert.command([]) == 1
-    assert "`--model_name_or_path` is required" in capsys.readouterr().err
+    assert convert.command([]) == 2
+    assert "`MODEL` or `--model_name_or_path` is required" in capsys.readouterr().err
 
 
 def test_a_gain_by_token_takes_the_power_and_end_of_least_error_in_what_follows():
