@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from modeling_fas import FASBertForSequenceClassification
 from training.calibrate.conversion import _loaded
-from training.evaluate.command import _load
+from training.evaluate.command import load_whole
 from training.runner import _read_weights
 from training.shards import check_shards, is_plain_name
 
@@ -29,7 +29,7 @@ def test_an_index_that_names_anything_else_is_refused_though_transformers_reads_
     if name in ("x.bin", "../outside.safetensors"):
         FASBertForSequenceClassification.from_pretrained(folder)
     refused(check_shards, folder)
-    for load in (_load, _read_weights):
+    for load in (load_whole, _read_weights):
         refused(lambda source, load=load: load(FASBertForSequenceClassification, source, "checkpoint"), folder)
     refused(lambda source: _loaded(source, None, FASBertForSequenceClassification), folder)
 
