@@ -98,3 +98,10 @@ def test_no_state_survives_a_call():
     assert torch.equal(neuron(x), neuron(x))
     assert not list(neuron.buffers())
     assert {name for name, value in vars(neuron).items() if isinstance(value, torch.Tensor)} == set()
+
+
+def test_a_signed_neuron_fires_up_at_the_threshold_and_down_below_zero():
+    x, theta = torch.tensor([0.5, -0.5, 0.0, 1.0, -0.75]), torch.ones(1)
+    emitted = integrate_and_fire(x[None], theta, theta / 2, 2, signed=True)
+    assert emitted.tolist() == [[1, 0, 0, 1, -1], [0, -1, 0, 1, 0]]
+    assert torch.equal(spike_rate(x, theta, None, 2, signed=True), emitted.mean(0))
