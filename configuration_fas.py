@@ -781,7 +781,10 @@ def _config_class(config_dict: dict[str, Any]) -> type[FASConfig]:
         if config_class._reads(name):
             return config_class
     known = ", ".join(map(repr, BACKBONES))
-    raise ValueError(f"`backbone` must be one of {known} (or come with a checkpoint of that type), got {name!r}.")
+    raise ValueError(
+        f"`backbone` must be one of {known} (or come with a checkpoint of that type), got {name!r}. Another one is a "
+        "table entry and a few empty classes: docs/add-a-backbone.md of the project."
+    )
 
 
 for _class in CONFIGURATIONS:

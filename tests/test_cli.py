@@ -152,6 +152,21 @@ def test_train_takes_the_script_that_fits(line, script, inputs):
     assert script_for(f"--model_name_or_path {line}".replace("@", str(inputs)).split()) is script
 
 
+def test_a_model_of_another_architecture_is_refused_with_those_that_can_spike(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "text.txt").write_text("some words\n")
+    for line in (
+        f"convert {tmp_path} --sites all --calibration_file {tmp_path}/text.txt --output_dir out",
+        f"convert {tmp_path} --task_name sst2 --output_dir out",
+        f"train --model_name_or_path {tmp_path} --task_name sst2 --do_train --output_dir out",
+        f"generate {tmp_path} x",
+    ):
+        assert cli.main(line.split()) == 1
+        printed = capsys.readouterr().err
+        assert "'gpt2', 'bert'" in printed and "'qwen3'" in printed and "got 't5'" in printed, line
+        assert "docs/add-a-backbone.md" in printed
+
+
 def test_dry_run_before_the_folder_takes_nothing_from_it():
     for line, folder, dry_run in (
         ("--dry-run made user/name", "made", ""),

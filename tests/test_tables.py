@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks import pages
 from benchmarks.pages import Part, command, update
+from benchmarks.readme import spread
 
 
 def test_parts_are_written_once_and_checked_after(tmp_path, monkeypatch, capsys):
@@ -34,3 +35,13 @@ def test_a_document_without_the_marks_is_named(tmp_path, monkeypatch):
     (tmp_path / "page.md").write_text("nothing")
     with pytest.raises(ValueError, match=r"page.md must hold <!-- generated: a -->"):
         update([Part("page.md", "a", "one")])
+
+
+def test_several_runs_of_the_demo_are_told_as_mean_and_range():
+    row = {"step": "qcfs", "mode": "spiking", "T": 2, "schedule": "stepwise", "energy_ratio": None}
+    assert spread([row | {"accuracy": 0.5}]) == row | {"accuracy": 0.5}
+    told = spread([row | {"accuracy": accuracy, "spike_rate": 0.02} for accuracy in (0.5, 0.56, 0.53)])
+    assert told["accuracy"] == "0.530 (0.500 to 0.560)" and told["spike_rate"] == "0.020 (0.020 to 0.020)"
+    assert (told["T"], told["schedule"]) == (2, "stepwise") and "energy_ratio" not in told
+    with pytest.raises(ValueError, match="must be of one step"):
+        spread([row, row | {"step": "gelu"}])

@@ -45,6 +45,22 @@ def test_blocks_hold_the_joined_documents_in_order(byte_level):
     assert limited["input_ids"][:] == cut["input_ids"][:3]
 
 
+def test_a_limit_tokenizes_no_more_documents_than_it_takes(byte_level, monkeypatch):
+    corpus = Dataset.from_dict({"text": sentences(5000)})
+    whole = blocks(corpus, byte_level, DataArguments(), 8, split="train")["input_ids"][:]
+    seen = []
+    real = type(byte_level).__call__
+    monkeypatch.setattr(type(byte_level), "__call__", lambda self, texts: seen.append(len(texts)) or real(self, texts))
+    for limit, documents in ((1, 1000), (len(whole) // 4, 2000), (len(whole) // 2, 3000), (10**6, 5000)):
+        seen.clear()
+        limited = blocks(corpus, byte_level, DataArguments(max_train_samples=limit), 8, split="train")
+        assert limited["input_ids"][:] == whole[:limit]
+        assert 0 < sum(seen) <= documents, limit
+    broken = Dataset.from_dict({"text": [*sentences(1500), None]})
+    with pytest.raises(ValueError, match="got None in row 1500 of split 'train'"):
+        blocks(broken, byte_level, DataArguments(max_train_samples=10**6), 8, split="train")
+
+
 def test_a_stream_gives_the_same_blocks_without_end(byte_level):
     corpus = Dataset.from_dict({"text": sentences(50)})
     cut = blocks(corpus, byte_level, DataArguments(), 8, split="train")["input_ids"][:]

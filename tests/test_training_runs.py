@@ -1,6 +1,7 @@
 """The scripts, from a stock checkpoint to a calibrated one: what they write, what they report, how they resume."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from modeling_fas import FASBertForSequenceClassification, FASGPT2LMHeadModel
 from training import convert, run_clm, run_glue, run_mlm
+from training.arguments import expand_yaml
 from training.calibrate.coarse import VARIANCE_WEIGHTS
 from training.calibrate.command import main as calibrate
 from training.checkpoints import checkpoints, is_complete
+from training.commands import UsageError
 from training.results import checksum, fingerprint, flat, read_results
 from training.trainers import FASTrainer
 from training_helpers import (
@@ -278,6 +281,116 @@ def test_convert_runs_all_steps_skips_finished_ones_and_refuses_changed_ones(inp
     shutil.rmtree(tmp_path / "out" / "gelu")
     with pytest.raises(ValueError, match="must not hold step 'qcfs' from an earlier model"):
         convert.main(argv)
+
+
+def test_flags_that_only_evaluate_do_not_train_again(inputs, tmp_path, monkeypatch, caplog):
+    line = f"{inputs}/bert --train_file {inputs}/train.json --validation_file {inputs}/test.json --max_steps 2 "
+    line += f"--use_cpu --report_to none --disable_tqdm true --output_dir {tmp_path}/out --calibrate.calib_T 2"
+    argv = line.split()
+    rows = convert.main([*argv, "--T", "2"])
+    assert {row["step"] for row in rows} == {"downstream", "calibrate"}, "nothing on a corpus that nobody named"
+    before = read_results(tmp_path / "out" / "downstream" / "evaluation.json")
+    monkeypatch.setattr(FASTrainer, "train", lambda *_, **__: pytest.fail("training began"))
+    again = convert.main([*argv, "--T", "2", "4", "--logging_steps", "1"])
+    assert {row["T"] for row in again if row["step"] == "downstream"} == {0, 2, 4}
+    same = [(row["step"], row["mode"], row["T"], row["schedule"], row["quality"]) for row in rows]
+    assert all(each in [(r["step"], r["mode"], r["T"], r["schedule"], r["quality"]) for r in again] for each in same)
+    after = read_results(tmp_path / "out" / "downstream" / "evaluation.json")
+    assert after["training"] == before["training"]
+    assert after["configuration"]["model"] == {**before["configuration"]["model"], "T": [2, 4]}
+    assert after["sha256"] == checksum(after)
+    assert not list((tmp_path / "out" / "downstream").glob(".*"))
+    assert convert.main([*argv, "--T", "2", "4"]) == again, "finished, and skipped"
+    with pytest.raises(ValueError, match="where learning_rate differ"):
+        convert.main([*argv, "--T", "2", "--learning_rate", "1e-3"])
+
+
+def plan_of(line: str, tmp_path: Path) -> dict[str, dict]:
+    recipe, given = convert.read_recipe(line.split())
+    given.pop("output_dir", None)
+    return {step.name: step.settings for step in convert.plan(recipe, given, tmp_path / "out")}
+
+
+def test_own_data_replaces_that_of_a_recipe_whole(inputs, tmp_path):
+    own = plan_of(f"decoder --model_name_or_path {inputs}/gpt2 --train_file {inputs}/corpus.json", tmp_path)
+    assert own["full"]["dataset_name"] == "HuggingFaceFW/fineweb-edu"
+    for step in ("downstream", "calibrate"):
+        assert own[step]["train_file"] == f"{inputs}/corpus.json"
+        assert not own[step].keys() & {"dataset_name", "dataset_config_name"}
+    folder = plan_of(f"decoder --model_name_or_path {inputs}/gpt2 --dataset-name {inputs}", tmp_path)["downstream"]
+    assert folder["dataset_name"] == str(inputs) and "dataset_config_name" not in folder
+    corpus = plan_of(f"decoder --full.train_file {inputs}/corpus.json --full.streaming false", tmp_path)
+    assert not corpus["full"].keys() & {"dataset_name", "dataset_config_name"}
+    assert corpus["downstream"]["dataset_config_name"] == "wikitext-103-raw-v1"
+    settings = f"task_name: sst2\nvalidation_file: {inputs}/test.json\ntrain_file: other.json\nL: 4\n"
+    (tmp_path / "glue.yaml").write_text(settings)
+    expanded = expand_yaml([str(tmp_path / "glue.yaml"), "--train_file", "mine.csv"])
+    assert expanded == ["--L", "4", "--train_file", "mine.csv"]
+
+
+def test_the_long_steps_are_asked_for_by_name(inputs, tmp_path):
+    data = f"--train_file {inputs}/corpus.json"
+    assert [*plan_of(f"{inputs}/gpt2 {data}", tmp_path)] == ["downstream", "calibrate"]
+    assert [*plan_of(f"--model_name_or_path {inputs}/bert --task_name sst2", tmp_path)] == ["downstream", "calibrate"]
+    assert [*plan_of(f"{inputs}/gpt2 {data} --full.max_steps 9", tmp_path)] == ["full", "downstream", "calibrate"]
+    assert [*plan_of(f"decoder {data}", tmp_path)] == ["full", "downstream", "calibrate"]
+    with pytest.raises(UsageError, match=r"`--train_file` and --validation_file, .*`fas convert decoder` takes"):
+        convert.read_recipe([str(inputs / "gpt2"), "--output_dir", "out"])
+    with pytest.raises(UsageError, match="exclude each other"):
+        convert.read_recipe([str(inputs / "gpt2"), "--model_name_or_path", "other", "--task_name", "sst2"])
+    with pytest.raises(ValueError, match="--steps downstream calibrate leaves step 'full' out"):
+        line = f"decoder --model_name_or_path {inputs}/gpt2 {data} --use_cpu --output_dir {tmp_path}/out"
+        convert.main([*line.split(), "--full.dataset_name", "nobody/nothing"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--calibrate.calib_TT 4",
+            "Step 'calibrate': The arguments must be a flag that exists, got '--calib_TT'. Did",
+        ),
+        ("--calibrate.calib_T four", "Step 'calibrate': argument --calib_T/--calib-T: invalid int value: 'four'"),
+        ("--calibrate.train_file gone.json", "Step 'calibrate': `--train_file` must be a file that exists"),
+        ("--calibrate.learning_rate -1", "Step 'calibrate': `--learning_rate` must be 0 or more"),
+    ],
+)
+def test_flags_of_late_steps_are_checked_before_the_first_starts(flag, message, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_glue, "main", lambda _: pytest.fail("a step began"))
+    line = f"{inputs}/bert --train_file {inputs}/train.json --validation_file {inputs}/test.json --use_cpu {flag}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        convert.main([*line.split(), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_leave_a_small_task_with_checkpoints(tmp_path):
+    for line in ("encoder --task_name rte", "decoder"):
+        for name, settings in plan_of(line, tmp_path).items():
+            assert settings["save_steps"] < 1 or settings["max_steps"] > settings["save_steps"], name
+
+
+def test_calibration_needs_no_labels(inputs, tmp_path):
+    start = "--model_name_or_path @/bert --do_train --max_steps 2 " + GLUE_DATA
+    run_glue.main(flags(start, inputs, tmp_path / "qcfs"))
+    write_lines(tmp_path / "texts.json", [{"sentence": text} for text in sentences(20)])
+    calibrated = f"--stage calibrate --calib_T 2 --do_train --max_steps 2 --model_name_or_path {tmp_path}/qcfs "
+    calibrated += f"--train_file {tmp_path}/texts.json"
+    run_glue.main(flags(calibrated, inputs, tmp_path / "without"))
+    assert FASBertForSequenceClassification.from_pretrained(tmp_path / "without").config.calib_T == 2
+    judged = f"{calibrated} --validation_file @/test.json --do_eval --T 2"
+    rows = run_glue.main(flags(judged, inputs, tmp_path / "judged"))
+    assert all(row["quality"]["examples"] == 20 for row in rows)
+    assert largest_difference(tensors(tmp_path / "without"), tensors(tmp_path / "judged")) == 0
+    with pytest.raises(ValueError, match="`--label_column` must name columns of the data"):
+        run_glue.main(flags(judged.replace("@/test.json", f"{tmp_path}/texts.json"), inputs, tmp_path / "blind"))
+    with pytest.raises(ValueError, match="`--label_column` must name columns of the data"):
+        run_glue.main(
+            flags(
+                f"--model_name_or_path @/bert --do_train --train_file {tmp_path}/texts.json",
+                inputs,
+                tmp_path / "untaught",
+            )
+        )
 
 
 def interrupt(step: Path) -> None:

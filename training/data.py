@@ -3,13 +3,14 @@
 import csv
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, default_data_collator
 
@@ -18,6 +19,7 @@ from .arguments import FILE_TYPES, DataArguments
 
 AnyDataset: TypeAlias = "Dataset | IterableDataset"
 SHUFFLE_BUFFER = 10_000  # documents
+BATCH = 1000  # documents that are tokenized and cut together
 GLUE_REPOSITORY = "nyu-mll/glue"
 
 
@@ -41,7 +43,11 @@ def load_raw(data: DataArguments) -> dict[str, AnyDataset]:
             files = {split: file for split, file in files.items() if file}
             file_type = FILE_TYPES[Path(source).suffix]
             options: dict[str, Any] = {"keep_linebreaks": True} if file_type == "text" else {}
-            raw = load_dataset(file_type, data_files=files, streaming=data.streaming, **options)
+            options |= {"streaming": data.streaming}
+            raw = {  # one by one: they need not have the same columns
+                split: load_dataset(file_type, data_files={split: file}, **options)[split]
+                for split, file in files.items()
+            }
         elif Path(source).expanduser().is_dir():
             raw = _load_folder(Path(source).expanduser(), name or data.task_name, data.streaming)
         else:
@@ -227,8 +233,8 @@ def blocks(
     limit = data.max_train_samples if split == "train" else data.max_eval_samples
     ending = tokenizer.eos_token if data.add_eos and tokenizer.eos_token else ""
 
-    def cut(batch: dict[str, list], rows: list[int] | None = None) -> dict[str, list]:
-        check_texts(batch[column], data, split, column, rows)
+    def cut(batch: dict[str, list], rows: list[int] | None = None, first_row: int = 0) -> dict[str, list]:
+        check_texts(batch[column], data, split, column, rows and [first_row + row for row in rows])
         texts = [text + ending for text in batch[column] if text]
         joined = list(chain.from_iterable(tokenizer(texts)["input_ids"])) if texts else []
         return {"input_ids": [joined[i : i + size] for i in range(0, len(joined) // size * size, size)]}
@@ -240,20 +246,29 @@ def blocks(
         cut_up = dataset.map(cut, batched=True, remove_columns=columns)
         cut_up = cut_up if limit is None else cut_up.take(limit)
         return cut_up if seed is None else cut_up.repeat(None)
-    cut_up = dataset.map(
-        cut,
-        batched=True,
-        with_indices=True,
-        remove_columns=columns,
-        num_proc=data.preprocessing_num_workers,
-        desc=f"Tokenizing {split}",
-    )
+    settings: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": columns}
+    settings |= {"num_proc": data.preprocessing_num_workers, "desc": f"Tokenizing {split}"}
+    cut_up = dataset.map(cut, **settings) if limit is None else _first_blocks(dataset, cut, limit, settings)
     if not len(cut_up):
         raise ValueError(
             f"`--block_size` or --max_seq_length must be shorter than the text, got {size} tokens and a split "
             f"{split!r} with fewer."
         )
-    return cut_up if limit is None else cut_up.select(range(min(limit, len(cut_up))))
+    return cut_up
+
+
+def _first_blocks(dataset: Dataset, cut: Any, limit: int, settings: dict[str, Any]) -> Dataset:
+    """The first `limit` blocks, of as few documents as it takes, a whole number of batches at a time."""
+    parts: list[Dataset] = []
+    found = start = 0
+    while found < limit and start < len(dataset):
+        wanted = BATCH if not found else math.ceil((limit - found) * start / found / BATCH) * BATCH
+        end = min(start + wanted, len(dataset))
+        rows = range(start, end)
+        numbers = {"fn_kwargs": {"first_row": start}} if start else {}
+        parts.append(dataset.select(rows).map(cut, **settings, **numbers))
+        found, start = found + len(parts[-1]), end
+    return first(concatenate_datasets(parts), limit)
 
 
 def causal_collator(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from transformers import DataCollatorWithPadding
 from configuration_fas import positions_of
 
 from .commands import run_command, show_messages
-from .data import load_raw
+from .data import columns_of, load_raw
 from .evaluate.rows import TaskMetric, for_trainer
 from .runner import Run, check_vocabulary, load_model, start, train_and_evaluate
 from .tasks import Task, encode, find_task, select_splits
@@ -38,7 +38,9 @@ def run_stage(run: Run) -> list[dict[str, Any]]:
 
     splits = select_splits(load_raw(data), data, args.do_train, args.do_eval)
     labels = list(run.config.id2label.values()) if trained else None
-    task = find_task(splits, data, labels)
+    calibrates = run.stage == "calibrate" and "train" in splits
+    unlabelled = ["train"] if calibrates and data.label_column not in columns_of(splits["train"]) else []
+    task = find_task(splits, data, labels, unlabelled)
     check_labels(run, task, trained)
     tokenizer = load_tokenizer(run.model, causal=run.causal)
     if tokenizer.pad_token is None:

@@ -1,5 +1,6 @@
 """GLUE tasks and any own classification or regression data: columns, labels and inputs of the model."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +62,19 @@ def select_splits(raw: dict[str, Dataset], data: DataArguments, do_train: bool, 
     return splits
 
 
-def find_task(splits: dict[str, Dataset], data: DataArguments, labels: list[str] | None = None) -> Task:
+def find_task(
+    splits: dict[str, Dataset],
+    data: DataArguments,
+    labels: list[str] | None = None,
+    unlabelled: Collection[str] = (),
+) -> Task:
     """Find columns and labels in the data, and check every label.
 
     Args:
         splits: Of the data.
         data: Task and columns, where given.
         labels: Of the checkpoint, where it was trained on this task already.
+        unlabelled: Splits whose labels nobody needs.
     """
     present = columns_of(next(iter(splits.values())))
     columns = data.text_columns or GLUE_COLUMNS.get(data.task_name or "")
@@ -76,7 +83,13 @@ def find_task(splits: dict[str, Dataset], data: DataArguments, labels: list[str]
         raise ValueError(f"`--text_columns` must name one column or two, got {columns}.")
     for split, dataset in splits.items():
         require_columns(dataset, columns, "text_columns", split)
+    splits = {split: dataset for split, dataset in splits.items() if split not in unlabelled}
+    for split, dataset in splits.items():
         require_columns(dataset, [data.label_column], "label_column", split)
+    if not splits:
+        names = labels if labels and len(labels) > 1 else None
+        metric = data.task_name or ("classification" if names else "regression")
+        return Task(columns, names, metric, data.label_column)
 
     for split, dataset in splits.items():
         _check_one_label(dataset[data.label_column][:], data, split)
@@ -133,9 +146,9 @@ def _check_classes(values: dict[str, np.ndarray], names: list[str], data: DataAr
 def encode(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, data: DataArguments, length: int, split: str
 ) -> Dataset:
-    """Tokenize a split into the inputs of the model and `labels`; splits to evaluate on are sorted by length.
+    """Tokenize a split into the inputs of the model and `labels`, where it has any.
 
-    Then little is padded, and a padded row gives what it gives alone.
+    Splits to evaluate on are sorted by length. Then little is padded, and a padded row gives what it gives alone.
     """
     padding = "max_length" if data.pad_to_max_length else False
 
@@ -144,6 +157,8 @@ def encode(
             check_texts(batch[column], data, split, column, rows)
         texts = [batch[column] for column in task.columns]
         encoded = tokenizer(*texts, truncation=True, max_length=length, padding=padding)
+        if task.label_column not in batch:
+            return dict(encoded)
         labels = batch[task.label_column]
         if task.labels and isinstance(labels[0], str):
             labels = [task.labels.index(label) for label in labels]
