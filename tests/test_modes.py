@@ -10,7 +10,7 @@ import naive
 from backbones import CASES, CAUSAL, HEADS
 from configuration_fas import BACKBONES, FASConfig
 from neurons_fas import integrate_and_fire
-from sites_fas import difference, running_mean
+from sites_fas import difference, running_mean, trunk
 from training import layout
 from training.calibrate import fold_thresholds
 from training.evaluate import SpikeMonitor, count_operations
@@ -177,6 +177,27 @@ def test_queries_are_encoded_by_every_attention(backbone, implementation):
     # A norm in float32 rounds otherwise, and some level flips.
     assert (difference < 1e-6).double().mean() > 0.8 and difference.max() < 2
     assert monitor.sites.keys() == {name for name, _ in model.neurons()}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_queries_and_values_are_encoded_and_keys_are_not(backbone):
+    model, inputs = (
+        backbones.model(backbone, "AutoModel", sites="all", **STOCK),
+        backbones.batch(backbone, "AutoModel"),
+    )
+    table, seen, projected = BACKBONES[backbone], {}, []
+    block = trunk(model).get_submodule(table.blocks)[1]
+    for name in ("query_site", "value_site"):
+        site = getattr(block.get_submodule(table.core), name)
+        site.register_forward_pre_hook(lambda _, given, name=name: seen.__setitem__(name, given[0]))
+    for path in table.products[0].weights:
+        block.get_submodule(path).register_forward_hook(lambda _layer, _given, output: projected.append(output))
+    model(**inputs)
+    query, _, value = projected if len(projected) > 1 else projected[0].chunk(3, dim=-1)
+    assert torch.equal(seen["value_site"], value) and seen["query_site"].shape == query.shape
+    if backbone != "qwen3":  # which norms its queries
+        tokens = 1 if table.positions is None else None  # rotation leaves the first one as it is
+        assert torch.equal(seen["query_site"][:, :tokens], query[:, :tokens])
 
 
 @pytest.mark.parametrize("code, T", CODES)

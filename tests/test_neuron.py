@@ -5,6 +5,7 @@ import torch
 
 import naive
 import tiny
+from configuration_fas import Site
 from neurons_fas import integrate_and_fire, qcfs, spike_rate
 from sites_fas import FASNeuron
 
@@ -105,3 +106,12 @@ def test_a_signed_neuron_fires_up_at_the_threshold_and_down_below_zero():
     emitted = integrate_and_fire(x[None], theta, theta / 2, 2, signed=True)
     assert emitted.tolist() == [[1, 0, 0, 1, -1], [0, -1, 0, 1, 0]]
     assert torch.equal(spike_rate(x, theta, None, 2, signed=True), emitted.mean(0))
+
+
+def test_a_gain_by_token_ends_the_range_at_the_largest_input_of_the_token():
+    settings = {"sites": "linear", "activation": "stock", "L": None, "code": "phase", "T": 6, "gain": "token"}
+    neuron = FASNeuron(tiny.config("gpt2", schedule="layerwise", **settings), 5, Site("", at="input", signed=True))
+    x = torch.randn(2, 3, 5) * torch.tensor([0.1, 1.0, 40.0])[:, None]
+    emitted, largest = neuron(x), x.abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(emitted.abs().amax(-1, keepdim=True), largest)
+    assert ((emitted - x).abs() <= largest / 63 / 2 * (1 + 1e-5)).all()
