@@ -400,7 +400,9 @@ def test_a_site_that_always_says_the_same_is_named(bias, kind, inputs, tmp_path,
     assert f"layerwise T = 2: {meaning} in {site}." in caplog.text
     assert all(row[f"{kind}_sites"] == [site] for row in rows)
     for name in ("report.md", "report.html"):
-        assert f"All neurons are {kind}, stepwise T = 2: pooler.activation." in (tmp_path / "report" / name).read_text()
+        assert (
+            f"All neurons are {kind}, stepwise T = 2: pooler.activation." in (tmp_path / "report" / name).read_text()
+        )
 
 
 def test_sites_that_encode_nothing_or_fire_now_and_then_are_not_named():
