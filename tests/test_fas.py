@@ -23,6 +23,7 @@ from training.evaluate.examples import masked, windows
 from training.evaluate.measurement import ROWS_ALONE
 from training.publish import cards
 from training.results import fingerprint
+from training.watching import site_scalars
 from training_helpers import is_good, save_bert, save_gpt2, sentences
 
 
@@ -326,3 +327,11 @@ def test_energy_of_texts_a_batch_and_a_length_is_that_of_the_report(folders):
         fas.energy(model, 12, T=3)
     with pytest.raises(ValueError, match=r"`inputs` must be texts, .* Put it in a list"):
         fas.energy(model, "one text")
+
+
+@pytest.mark.parametrize("measure", [fas.energy, site_scalars])
+def test_an_error_leaves_the_model_in_training_mode(measure):
+    model = tiny.model("classify", T=2).train()
+    with pytest.raises((ValueError, IndexError)):
+        measure(model, {"input_ids": torch.full((1, 4), 10**6)})
+    assert model.training

@@ -1,6 +1,7 @@
 """Where the products and the neuron sites of a model are, read from the table of its backbone."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,19 @@ def core_of(model: Any) -> Any:
         if isinstance(module, FASMixin) or hasattr(module, "neurons"):
             return module
     raise ValueError(f"`model` must be a FAS model, got {type(model).__name__}, which has no neuron sites.")
+
+
+@contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Evaluation mode inside; training mode as before afterwards. None is no model."""
+    before = [(model, model.training) for model in models if model is not None]
+    for model, _ in before:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in before:
+            model.train(training)
 
 
 def auto_class(model: Any) -> str:

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from .evaluate.monitors import SpikeMonitor
-from .layout import label
+from .layout import evaluating, label
 
 
 # Callbacks that show logs on a console, where a line for every site is too much, or that take none.
@@ -40,10 +40,8 @@ def site_scalars(
         neurons, and the error; and the spike rate of all.
     """
     given = {name: value for name, value in inputs.items() if name != "labels"}
-    training = model.training
-    with SpikeMonitor(model.eval()) as monitor:
+    with evaluating(model), SpikeMonitor(model) as monitor:
         model(**given, **({"use_cache": False} if model.config.table.causal else {}))
-    model.train(training)
     mode = mode_tag(model.config.T, model.config.schedule)
     found = {f"spike_rate/{mode}/all": monitor.spike_rate}
     for name, neuron in model.neurons():

@@ -16,7 +16,7 @@ from torch import nn
 
 from configuration_fas import positions_of
 
-from ..layout import MEETS, Placed, auto_class, core_of, products, sites
+from ..layout import MEETS, Placed, auto_class, core_of, evaluating, products, sites
 from ..results import markdown_table
 from ..tokenization import tokenizer_of
 from .monitors import SpikeMonitor
@@ -317,10 +317,8 @@ def energy(
         batch = _batch(core, inputs, tokenizer)
         mask = batch.get("attention_mask")
         length = batch["input_ids"].shape[1] if mask is None else float(mask.sum() / len(mask))
-        training = core.training
-        with core.eval().running(T, schedule), SpikeMonitor(core) as monitor, torch.no_grad():
+        with evaluating(core), core.running(T, schedule), SpikeMonitor(core) as monitor, torch.no_grad():
             core(**batch)
-        core.train(training)
         rate = monitor.spike_rate if T else None
         spike_rates = monitor.spike_rates() if spike_rates is None else spike_rates
     execution = schedule if T else "ann"

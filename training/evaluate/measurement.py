@@ -3,8 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 from configuration_fas import MOST_TIMESTEPS
 
 from ..calibrate.loss import uncalibrated
-from ..layout import auto_class, pooled, predicts_next, spikes_by_itself
+from ..layout import auto_class, evaluating, pooled, predicts_next, spikes_by_itself
 from ..metrics import METRICS
 from ..results import fingerprint
 from .energy import AC_PJ, MAC_PJ, energy_report
@@ -124,7 +123,7 @@ def evaluate(
         if on_result is not None:
             on_result(results)
 
-    with _evaluating(model, stock):
+    with evaluating(model, stock):
         for mode in asked:
             if _find(results["rows"], mode) is None:
                 row = _measure(run, mode)
@@ -206,7 +205,7 @@ def early_exit_curve(
         One mapping for each t: `t` and the quality.
     """
     rows: list[list[torch.Tensor]] = [[] for _ in range(T)]
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for batch in _bar(batches, f"early exit, T = {T}", progress):
             at_once = max(1, len(batch["labels"]) // T)  # logits of T times as many rows
             for start in range(0, len(batch["labels"]), at_once):
@@ -224,7 +223,7 @@ def measure_latency(
     inputs = _inputs(batch)
     tokens = int(batch["attention_mask"].sum())
     seconds: dict[Mode, list[float]] = {mode: [] for mode in asked}
-    with _evaluating(model, stock), torch.inference_mode():
+    with evaluating(model, stock), torch.inference_mode():
         for attempt in _bar(range(LATENCY_ROUNDS + 1), "latency", progress):
             for mode in asked:
                 with mode.of(model, stock) as runner:
@@ -468,19 +467,6 @@ def check_timesteps(timesteps: Sequence[int], most: int | None = None) -> None:
         )
     if most is not None and max(timesteps) > most:
         raise ValueError(f"`timesteps` must be at most {most}, got {max(timesteps)}. Fewer do: 4 to 8, as a rule.")
-
-
-@contextmanager
-def _evaluating(*models: Any) -> Iterator[None]:
-    """Evaluation mode inside; training mode as before afterwards. None is no model."""
-    before = [(model, model.training) for model in models if model is not None]
-    for model, _ in before:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, training in before:
-            model.train(training)
 
 
 def _inputs(batch: Batch) -> Batch:

@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer
 
 from ..data import AnyDataset
+from ..layout import evaluating
 from .monitors import SpikeMonitor, warn_of_silent_sites
 from .rows import modes, schedules_of
 
@@ -71,12 +72,11 @@ def warn_after_training(trainer: Trainer, rows: Sequence[dict[str, Any]]) -> dic
         rows: For its collator; they run in batches of the size that it trains with.
     """
     model: Any = trainer.model
-    training, size = model.training, trainer.args.per_device_train_batch_size
-    with SpikeMonitor(model.eval()) as monitor, torch.no_grad():
+    size = trainer.args.per_device_train_batch_size
+    with evaluating(model), SpikeMonitor(model) as monitor, torch.no_grad():
         for start in range(0, len(rows), size):
             batch = trainer._prepare_inputs(trainer.data_collator(list(rows[start : start + size])))
             model(**{name: value for name, value in batch.items() if name != "labels"})
-    model.train(training)
     found = monitor.silent_sites()
     if trainer.args.should_save:
         warn_of_silent_sites(found, "After training")
