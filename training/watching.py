@@ -7,6 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from .evaluate.monitors import SpikeMonitor
+from .evaluate.rows import Mode
 from .layout import evaluating, label
 
 
@@ -17,11 +18,6 @@ CONSOLE = {"DefaultFlowCallback", "ProgressCallback", "PrinterCallback", "Notebo
 def trackers(callbacks: Sequence[TrainerCallback]) -> list[TrainerCallback]:
     """Those that keep what is logged: what `--report_to` names, and a user's own."""
     return [each for each in callbacks if type(each).__name__ not in CONSOLE]
-
-
-def mode_tag(T: int, schedule: str | None) -> str:
-    """What tags call a way to run."""
-    return f"{schedule}_T{T}" if T else "qcfs"
 
 
 @torch.no_grad()
@@ -42,10 +38,11 @@ def site_scalars(
     given = {name: value for name, value in inputs.items() if name != "labels"}
     with evaluating(model), SpikeMonitor(model) as monitor:
         model(**given, **({"use_cache": False} if model.config.table.causal else {}))
-    mode = mode_tag(model.config.T, model.config.schedule)
+    T = model.config.T
+    mode = (Mode("spiking", T, model.config.schedule) if T else Mode("qcfs")).tag
     found = {f"spike_rate/{mode}/all": monitor.spike_rate}
     for name, neuron in model.neurons():
-        fine = neuron.fine_threshold if model.config.T else None
+        fine = neuron.fine_threshold if T else None
         values = {"threshold": (neuron.threshold if fine is None else fine).mean()}
         values |= {} if fine is None else {"initial_potential": neuron.initial_potential.mean()}
         values |= {} if errors is None or name not in errors else {"site_error": errors[name]}
