@@ -15,8 +15,8 @@ import tiny
 from modeling_fas import FASBertForMaskedLM, FASBertForSequenceClassification, FASBertModel, FASGPT2LMHeadModel
 from training.evaluate import SpikeMonitor, energy_report, measurement
 from training.evaluate.command import main
-from training.evaluate.examples import windows
-from training.evaluate.measurement import early_exit_curve, evaluate, make_batches, measure_latency
+from training.evaluate.examples import make_batches, windows
+from training.evaluate.measurement import early_exit_curve, evaluate, measure_latency
 from training.evaluate.rows import Mode, quality_of
 from training_helpers import save_bert, save_gpt2, write_corpus, write_lines, write_reviews
 

@@ -23,8 +23,8 @@ from .checkpoints import remove_scratch, whole_or_nothing
 from .commands import only_run
 from .data import check_texts, load_raw, require_columns, text_column
 from .evaluate import SpikeMonitor, energy_report, evaluate
-from .evaluate.examples import load_examples, windows
-from .evaluate.measurement import ROWS_ALONE, make_batches
+from .evaluate.examples import load_examples, make_batches, windows
+from .evaluate.measurement import ROWS_ALONE
 from .evaluate.rows import PERPLEXITY
 from .layout import auto_class, predicts_next
 from .results import fingerprint, markdown_table, write_results

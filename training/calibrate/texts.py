@@ -12,8 +12,8 @@ from configuration_fas import positions_of
 
 from ..arguments import CALIBRATION_SETTINGS, FASTrainingArguments
 from ..evaluate.evaluation import gap_of, told
-from ..evaluate.examples import examples_of
-from ..evaluate.measurement import ROWS_ALONE, evaluate, make_batches
+from ..evaluate.examples import examples_of, make_batches
+from ..evaluate.measurement import ROWS_ALONE, evaluate
 from ..layout import core_of, is_untrained, predicts_next, schedule_to_train
 from ..results import markdown_table
 from ..trainers import FASCalibrationTrainer

@@ -19,6 +19,7 @@ from configuration_fas import positions_of
 from ..layout import MEETS, Placed, auto_class, core_of, evaluating, products, sites
 from ..results import markdown_table
 from ..tokenization import tokenizer_of
+from .examples import make_batches
 from .monitors import SpikeMonitor
 
 
@@ -332,16 +333,11 @@ def _batch(model: Any, inputs: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
         raise ValueError("`inputs` must be texts, a batch or a number of tokens, got one text. Put it in a list.")
     if not isinstance(inputs, Mapping):
         tokenizer = tokenizer_of(model, tokenizer)
-        rows = [tokenizer(text, truncation=True, max_length=positions_of(model.config)) for text in inputs]
-        width = max((len(row["input_ids"]) for row in rows), default=0)
-        if not width:
+        most = positions_of(model.config)
+        rows = [{"input_ids": tokenizer(text, truncation=True, max_length=most)["input_ids"]} for text in inputs]
+        if not any(row["input_ids"] for row in rows):
             raise ValueError("`inputs` must hold texts of at least one token, got none.")
-        ids = [row["input_ids"] for row in rows]
-        fill = [tokenizer.pad_token_id or 0]
-        inputs = {
-            "input_ids": torch.tensor([each + fill * (width - len(each)) for each in ids]),
-            "attention_mask": torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in ids]),
-        }
+        inputs = make_batches(rows, len(rows), tokenizer.pad_token_id or 0)[0]
     return {name: value.to(model.device) for name, value in inputs.items() if name != "labels"}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict
 
 from configuration_fas import positions_of
@@ -19,6 +20,8 @@ from .rows import AGREEMENT, COSINE, PERPLEXITY
 
 SENTENCE = 128  # tokens of a text that is no running text, where nothing is said
 MASKED_SHARE = 0.15
+
+Batch = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -240,3 +243,23 @@ def windows(
         rows.append({"input_ids": tokens, "labels": [-100] * context + tokens[context:]})
         scored = start + len(tokens)
     return rows
+
+
+def make_batches(
+    examples: Sequence[Mapping[str, Any]], batch_size: int, pad_token_id: int = 0, device: Any = "cpu"
+) -> list[Batch]:
+    """Batches of similar length, the longest first, padded on the right; labels of tokens are padded with -100."""
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
+    fill = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
+    batches = []
+    for start in range(0, len(order), batch_size):
+        rows = [dict(examples[i]) for i in order[start : start + batch_size]]
+        width = len(rows[0]["input_ids"])
+        batch: dict[str, Any] = {}
+        for name in fill.keys() & ({"attention_mask"} | rows[0].keys()):
+            values = [row.get(name, [1] * len(row["input_ids"])) for row in rows]
+            if isinstance(values[0], list):
+                values = [value + [fill[name]] * (width - len(value)) for value in values]
+            batch[name] = torch.tensor(values, device=device)
+        batches.append(batch)
+    return batches

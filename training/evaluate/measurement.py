@@ -20,7 +20,7 @@ from ..metrics import METRICS
 from ..results import fingerprint
 from .energy import AC_PJ, MAC_PJ, energy_report
 from .evaluation import Evaluation, gap_of
-from .examples import examples_of
+from .examples import Batch, examples_of, make_batches
 from .monitors import SiteErrors, SpikeMonitor, warn_of_silent_sites
 from .recorder import WORDS, SpikeRecorder
 from .rows import AGREEMENT, COSINE, PERPLEXITY, UNLABELLED, Mode, Quality, modes, quality_of, schedules_of
@@ -30,8 +30,6 @@ MEASURED = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSequenc
 LATENCY_ROUNDS = 3
 # As `finished`, so that nothing but rows is measured.
 ROWS_ALONE: dict[str, Any] = dict.fromkeys(("gap", "early_exit", "latency", "raster"))
-
-Batch = dict[str, torch.Tensor]
 
 
 def evaluate(
@@ -248,26 +246,6 @@ def measure_latency(
         }
         for mode, times in seconds.items()
     ]
-
-
-def make_batches(
-    examples: Sequence[Mapping[str, Any]], batch_size: int, pad_token_id: int = 0, device: Any = "cpu"
-) -> list[Batch]:
-    """Batches of similar length, the longest first, padded on the right; labels of tokens are padded with -100."""
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
-    fill = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
-    batches = []
-    for start in range(0, len(order), batch_size):
-        rows = [dict(examples[i]) for i in order[start : start + batch_size]]
-        width = len(rows[0]["input_ids"])
-        batch: dict[str, Any] = {}
-        for name in fill.keys() & ({"attention_mask"} | rows[0].keys()):
-            values = [row.get(name, [1] * len(row["input_ids"])) for row in rows]
-            if isinstance(values[0], list):
-                values = [value + [fill[name]] * (width - len(value)) for value in values]
-            batch[name] = torch.tensor(values, device=device)
-        batches.append(batch)
-    return batches
 
 
 @dataclass
