@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from .commands import run_command, show_messages
+from .commands import command_parser, run_command, show_messages
 
 
 # Name: module, what a message of failure begins with (None: it has its own), and what it does. A module is imported
@@ -81,13 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def completion(argv: Sequence[str]) -> int:
     """Print what a shell reads to complete the command: all flags of all of its commands."""
-    parser = argparse.ArgumentParser(
-        prog="fas completion",
-        description="Print a script that completes commands and flags.",
-        epilog="example:\n  fas completion bash > ~/.local/share/bash-completion/completions/fas\n"
-        '  fas completion zsh > "${fpath[1]}/_fas"',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    example = "fas completion bash > ~/.local/share/bash-completion/completions/fas\n"
+    example += '  fas completion zsh > "${fpath[1]}/_fas"'
+    parser = command_parser("fas completion", "Print a script that completes commands and flags.", example)
     parser.add_argument("shell", choices=SHELLS, help="yours")
     shell = parser.parse_args(argv).shell
     import shtab

@@ -1,5 +1,6 @@
 """What every command does: errors end in their message, and a folder has one run at a time."""
 
+import argparse
 import logging
 import os
 import platform
@@ -25,6 +26,17 @@ EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError, Saf
 
 class UsageError(ValueError):
     """A command line that cannot be read: an unknown flag, a value of another kind. Exit status 2, as of argparse."""
+
+
+def command_parser(prog: str, description: str, example: str, **settings: Any) -> argparse.ArgumentParser:
+    """A parser of flags whose help ends with an example; lines stay as they are written."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **settings,
+    )
 
 
 def show_messages() -> None:

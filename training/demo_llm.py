@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from fas import SpikeMonitor, convert_to_spiking, energy_report
 
-from .commands import run_command, show_messages
+from .commands import command_parser, run_command, show_messages
 from .generate import generate, prompt_ids
 from .results import fingerprint, markdown_table, write_results
 
@@ -77,12 +77,8 @@ print(json.dumps(found[0].tolist()))
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
-        prog="fas demo llm",
-        description=(__doc__ or "").split("\n")[0],
-        epilog='example:\n  fas demo llm --T 7 --prompt "What is a neuron?"',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    example = 'fas demo llm --T 7 --prompt "What is a neuron?"'
+    parser = command_parser("fas demo llm", (__doc__ or "").split("\n")[0], example)
     add = parser.add_argument
     add("--model", help="stock causal model, a folder or a name on the Hub (default: SmolLM2-135M from PyPI)")
     add("--T", type=int, default=7, help="timesteps of the phase code (default: 7)")

@@ -17,7 +17,7 @@ import modeling_fas
 from configuration_fas import SCHEDULES, FASConfig, positions_of
 
 from .arguments import check_number, require_model_type
-from .commands import run_command, show_messages
+from .commands import command_parser, run_command, show_messages
 from .evaluate.command import load_tokenizer, load_whole
 
 
@@ -26,12 +26,8 @@ logger = logging.getLogger("training.generate")
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
-        prog="fas generate",
-        description=(__doc__ or "").split("\n")[0],
-        epilog='example:\n  fas generate outputs/gpt2-spiking "The sea" --T 4 --max_new_tokens 40',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    example = 'fas generate outputs/gpt2-spiking "The sea" --T 4 --max_new_tokens 40'
+    parser = command_parser("fas generate", (__doc__ or "").split("\n")[0], example)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="FAS causal language model: a folder, or a name on the Hub")
     add("prompt", metavar="PROMPT", help="text to continue; for a model with a chat template, a message to it")

@@ -21,7 +21,7 @@ import modeling_fas
 from configuration_fas import SCHEDULES, FASConfig
 
 from ..arguments import check_writable, require_model_type
-from ..commands import only_run
+from ..commands import command_parser, only_run
 from ..results import fingerprint, plain, read_results, write_results
 from ..shards import check_shards
 from .energy import AC_PJ, MAC_PJ, check_prices
@@ -34,9 +34,7 @@ from .report import write_report
 logger = logging.getLogger(__name__)
 
 
-EXAMPLE = """
-example:
-  fas evaluate CHECKPOINT --validation_file sst2.parquet --T 2 4 8 --output_dir report
+EXAMPLE = """fas evaluate CHECKPOINT --validation_file sst2.parquet --T 2 4 8 --output_dir report
 
 --debug shows the traceback of an error.
 """
@@ -44,12 +42,7 @@ example:
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
-        prog="fas evaluate",
-        description=(__doc__ or "").split("\n")[0],
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("fas evaluate", (__doc__ or "").split("\n")[0], EXAMPLE)
     add = parser.add_argument
     add(
         "checkpoint",

@@ -13,8 +13,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..commands import command_parser
 from ..layout import label
-from ..results import code, escaped, escaped_row, fault_of, markdown_table, read_results, without_paths, write_results
+from ..results import code, escaped, escaped_row, fault_of, markdown_table, read_results, without_paths, write_json
 from .energy import NOT_COUNTED
 from .evaluation import LOWER_IS_BETTER, RESULTS_FILE, Evaluation, headline, run_name, told
 from .plots import figures, image
@@ -78,12 +79,7 @@ def write_report(results: str | Path | Evaluation, folder: str | os.PathLike | N
         if folder is None:
             raise ValueError("`folder` must be given for what `evaluate` returned, got None.")
         path = Path(folder) / RESULTS_FILE
-        settings: dict[str, Any] = {
-            "configuration": results.configuration,
-            "command": results.command,
-            "status": "complete",
-        }
-        write_results(path, metrics=dict(results), **settings)
+        write_json(path, results.results)
     else:
         path = Path(results)
     found = _read(path)
@@ -304,12 +300,7 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
-        prog="fas report",
-        description=(__doc__ or "").split("\n")[0],
-        epilog="example:\n  fas report report/results.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("fas report", (__doc__ or "").split("\n")[0], "fas report report/results.json")
     parser.add_argument("results", help="results.json of `fas evaluate`")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -4,6 +4,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
+from ..commands import command_parser
 from .card import CardOptions
 from .upload import PublishError, publish
 
@@ -13,12 +14,8 @@ logger = logging.getLogger(__name__)
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
-        prog="fas publish",
-        description=(__doc__ or "").partition(":")[0],
-        epilog="example:\n  fas publish outputs/sst2/calibrate user/name --license mit --dry-run",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    example = "fas publish outputs/sst2/calibrate user/name --license mit --dry-run"
+    parser = command_parser("fas publish", (__doc__ or "").partition(":")[0], example)
     parser.add_argument("folder", help="checkpoint folder: model, tokenizer, results")
     parser.add_argument("repo_id", nargs="?", help="user/name or organisation/name on the Hub")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
