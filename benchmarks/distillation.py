@@ -20,14 +20,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging
 
-from fas import SpikeMonitor, convert_to_spiking, energy_report
+from fas import convert_to_spiking
 from training.arguments import FASTrainingArguments
 from training.checkpoints import last_complete
 from training.distillation import FASDistillationTrainer
 from training.results import commit, fingerprint, markdown_table, read_results, write_results
 from training.trainers import FASTrainer
 
-from .spike_driven import SHARED, perplexity, windows
+from .spike_driven import SHARED, perplexity, rows_of, spiking_cost, windows
 
 
 OUTPUT = Path(__file__).parent / "results" / "distillation.json"
@@ -145,15 +145,8 @@ def cost(settings: dict[str, Any], calibration: torch.Tensor, rows: torch.Tensor
 
 def measured(model, rows: torch.Tensor) -> dict[str, Any]:
     """Perplexity of the first 16 windows and of all, spikes an input, energy over the stock model's, weights read."""
-    with torch.inference_mode(), SpikeMonitor(model) as monitor:
-        for row in rows[:16]:
-            model(row[None])
-    T = model.config.T
-    report = energy_report(
-        model, ENERGY_LENGTH, execution="layerwise", T=T, spike_rates=monitor.spike_rates(), causal=True
-    )
     found = {"perplexity_16": perplexity(model, rows[:16]), "perplexity": perplexity(model, rows)}
-    return found | {"spikes": monitor.spike_rate * T, "energy": report["ratio"], "reads": report["reads_ratio"]}
+    return found | spiking_cost(model, rows_of(rows[:16]), ENERGY_LENGTH)[0]
 
 
 def judge(

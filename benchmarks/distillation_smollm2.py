@@ -17,12 +17,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from fas import SpikeMonitor, convert_to_spiking, energy_report
+from fas import convert_to_spiking
 from training.distillation import FASDistillationTrainer
 from training.results import commit, fingerprint, markdown_table, read_results, write_results
 
 from .distillation import _Log, arguments, trained
-from .spike_driven import MODELS, SHARED, perplexity, windows
+from .spike_driven import MODELS, SHARED, perplexity, rows_of, spiking_cost, windows
 
 
 OUTPUT = Path(__file__).parent / "results" / "distillation_smollm2.json"
@@ -64,18 +64,11 @@ def distil(model, stock, rows: torch.Tensor, steps: int, rates: tuple[float, flo
 
 
 def measured(model, rows: torch.Tensor, stock: dict[str, float]) -> dict[str, Any]:
-    with torch.inference_mode(), SpikeMonitor(model) as monitor:
-        for row in rows[:8]:
-            model(row[None])
-    T, rates = model.config.T, monitor.spike_rates()
-    report = energy_report(model, LENGTH, execution="layerwise", T=T, spike_rates=rates, causal=True)
     found = perplexity(model, rows)
     return {
         "perplexity": found,
         "over_stock": found / stock["perplexity"],
-        "spikes": monitor.spike_rate * T,
-        "energy": report["ratio"],
-        "reads": report["reads_ratio"],
+        **spiking_cost(model, rows_of(rows[:8]))[0],
     }
 
 

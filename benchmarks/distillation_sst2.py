@@ -15,13 +15,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 from transformers.utils import logging
 
-from fas import SpikeMonitor, convert_to_spiking, energy_report
+from fas import convert_to_spiking
 from training.distillation import FASDistillationTrainer
 from training.results import commit, fingerprint, markdown_table, read_results, write_results
 from training.trainers import FASTrainer
 
 from ._calibration_tasks import MINILM, Glue
 from .distillation import arguments, trained
+from .spike_driven import spiking_cost
 
 
 OUTPUT = Path(__file__).parent / "results" / "distillation_sst2.json"
@@ -58,18 +59,8 @@ def accuracy(task: Glue, model, rows: list[dict[str, Any]]) -> float:
 
 def spikes(task: Glue, model, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Spikes an input and energy over the GELU model's, at the mean length of the rows."""
-    with torch.inference_mode(), SpikeMonitor(model) as monitor:
-        for batch in task.batches(rows[:200], 1):
-            model(**batch)
     length = sum(len(row["input_ids"]) for row in rows[:200]) / len(rows[:200])
-    T, rates = model.config.T, monitor.spike_rates()
-    report = energy_report(model, length, execution="layerwise", T=T, spike_rates=rates)
-    return {
-        "spikes": monitor.spike_rate * T,
-        "length": length,
-        "energy": report["ratio"],
-        "reads": report["reads_ratio"],
-    }
+    return {"length": length, **spiking_cost(model, task.batches(rows[:200], 1), length, causal=False)[0]}
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
-from fas import SpikeMonitor, convert_to_spiking, energy_report
+from fas import convert_to_spiking
 from training.results import commit, markdown_table, read_results, write_results
 
-from .spike_driven import LENGTH, MODELS, SHARED, perplexity, windows
+from .spike_driven import LENGTH, MODELS, SHARED, perplexity, rows_of, spiking_cost, windows
 
 
 OUTPUT = Path(__file__).parent / "results" / "rotation.json"
@@ -91,18 +91,11 @@ def judge(kind: str, T: int, rows: torch.Tensor, calibration: torch.Tensor) -> d
     with torch.inference_mode():
         off = (model(rows[:1]).logits - before).abs().max().item()
     spiking = convert_to_spiking(model, calibration, sites="all", code="phase", T=T, progress=False)
-    with torch.inference_mode(), SpikeMonitor(spiking) as monitor:
-        for row in rows[:8]:
-            spiking(row[None])
-    rates = monitor.spike_rates()
-    report = energy_report(spiking, LENGTH, execution="layerwise", T=T, spike_rates=rates, causal=True)
     return {
         "largest_logit_difference": off,
         "largest_logit": before.abs().max().item(),
         "perplexity": perplexity(spiking, rows),
-        "spikes": monitor.spike_rate * T,
-        "energy": report["ratio"],
-        "reads": report["reads_ratio"],
+        **spiking_cost(spiking, rows_of(rows[:8]))[0],
     }
 
 

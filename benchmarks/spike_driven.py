@@ -10,7 +10,9 @@ import argparse
 import math
 import os
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -62,6 +64,24 @@ def perplexity(model, rows: torch.Tensor) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
+def spiking_cost(
+    model: Any, batches: Iterable[Mapping[str, torch.Tensor]], length: float = LENGTH, causal: bool = True
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Spikes an input, energy and reads over the stock model's, at a length; and the spike rate of each site."""
+    with torch.inference_mode(), SpikeMonitor(model) as monitor:
+        for batch in batches:
+            model(**batch)
+    T, rates = model.config.T, monitor.spike_rates()
+    settings: dict[str, Any] = {"execution": model.config.schedule, "T": T, "spike_rates": rates, "causal": causal}
+    report = energy_report(model, length, **settings)
+    return {"spikes": monitor.spike_rate * T, "energy": report["ratio"], "reads": report["reads_ratio"]}, rates
+
+
+def rows_of(windows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Windows as batches of one."""
+    return [{"input_ids": row[None]} for row in windows]
+
+
 def judge(path, row, rows, calibration) -> dict:
     """Convert the model by a row of settings and measure it."""
     start = time.perf_counter()
@@ -69,11 +89,7 @@ def judge(path, row, rows, calibration) -> dict:
     model = convert_to_spiking(path, calibration, progress=False, **settings)
     seconds = time.perf_counter() - start
     measured = {"perplexity": perplexity(model, rows)}
-    with torch.inference_mode(), SpikeMonitor(model) as monitor:
-        for each in rows[:8]:
-            model(each[None])
-    T, rates = model.config.T, monitor.spike_rates()
-    report = energy_report(model, LENGTH, execution=model.config.schedule, T=T, spike_rates=rates, causal=True)
+    T, (costs, rates) = model.config.T, spiking_cost(model, rows_of(rows[:8]))
     by_group: dict[str, list[tuple[float, int]]] = {}
     for placed in layout.sites(model):
         by_group.setdefault(placed.site.group, []).append((rates[placed.name], placed.neuron.width))
@@ -81,15 +97,16 @@ def judge(path, row, rows, calibration) -> dict:
         f"spikes, {group}": T * sum(rate * width for rate, width in entries) / sum(width for _, width in entries)
         for group, entries in by_group.items()
     }
-    return measured | {
-        "spikes": monitor.spike_rate * T,
-        "energy": report["ratio"],
-        "reads": report["reads_ratio"],
-        "conversion_seconds": seconds,
-        "weights_sha256": fingerprint(model),
-        "commit": commit(),
-        **groups,
-    }
+    return (
+        measured
+        | costs
+        | {
+            "conversion_seconds": seconds,
+            "weights_sha256": fingerprint(model),
+            "commit": commit(),
+            **groups,
+        }
+    )
 
 
 def main() -> None:
