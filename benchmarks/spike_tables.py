@@ -90,6 +90,19 @@ def distilled() -> str:
     settings = record["configuration"]
     about = f"Perplexity over stock; {settings['judged'].partition(';')[0]}. {source(record)}"
     tables += [markdown_table(table, digits=3), wrapped(about)]
+    record = read_results(RESULTS / "distillation_smollm2.json")
+    before = {row["code"]: row["over_stock"] for row in record["metrics"] if row["kind"] == "converted"}
+    table = [
+        {"model": "SmolLM2-135M, WikiText-103", "code": code_of(row), "T": row["T"], "steps": row["steps"]}
+        | {"before": before[row["code"]], "after": row["over_stock"]}
+        | {"spikes an input": row["spikes"], "energy": row["energy"], "reads": row["reads"]}
+        for row in record["metrics"]
+        if row["kind"] == "distilled"
+    ]
+    settings = record["configuration"]
+    about = f"Perplexity over stock; windows of {settings['length']} tokens: {settings['windows']['judged']}; "
+    about += f"{settings['batch']} windows a step. {source(record)}"
+    tables += [markdown_table(table, digits=3), wrapped(about)]
     path = RESULTS / "distillation_sst2.json"
     if path.is_file():
         record = read_results(path)

@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = read_results(summary)
     steps = record["configuration"]
     folders = {name: Path(step["output_dir"]) for name, step in steps.items()}
-    differences = {name: reload(folder) for name, folder in [*folders.items()][-1:]}
+    last = [*folders][-1]
+    differences = {last: reload(folders[last])}
     if steps.get("gelu", {}).get("train_file"):
         folders[SPIKE_DRIVEN] = output_dir / SPIKE_DRIVEN
         rows = [*rows, spike_driven(steps["gelu"], folders[SPIKE_DRIVEN])]

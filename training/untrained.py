@@ -315,6 +315,7 @@ def _measured(model: Any, examples: Any, metric: str, tokenizer: Any) -> list[di
         batch_size=1 if predicts_next(model) else 8,
         pad_token_id=tokenizer.pad_token_id or 0,
         finished=ROWS_ALONE,
+        configuration={},  # nobody asks: it has a checksum of all weights
     )
     model.set_timesteps(T, schedule)
     stock, spiking = metrics["rows"]
