@@ -1,4 +1,4 @@
-"""What is supported, in README.md and docs, from the table of backbones.
+"""What is supported, in docs, from the table of backbones.
 
 python -m benchmarks.backbone_tables [--check]
 """
@@ -14,9 +14,8 @@ from training.results import markdown_table
 
 
 def parts() -> Iterator[Part]:
-    """Models by Auto class, models and classes by backbone, sites by backbone."""
-    yield Part("README.md", "auto classes", markdown_table(_auto_classes()))
-    yield Part("docs/use.md", "backbones", markdown_table(map(_backbone, BACKBONES.items())))
+    """Models by Auto class, sites by backbone."""
+    yield Part("docs/use.md", "auto classes", markdown_table(_auto_classes()))
     yield Part("docs/method.md", "sites", markdown_table(map(_sites, BACKBONES.values())))
 
 
@@ -24,12 +23,6 @@ def _auto_classes() -> Iterator[dict[str, str]]:
     for auto_class in dict.fromkeys(name for table in BACKBONES.values() for name in table.models):
         titles = [table.title for table in BACKBONES.values() if auto_class in table.models]
         yield {"Auto class": f"`{auto_class}`", "models": ", ".join(titles)}
-
-
-def _backbone(entry: tuple[str, Backbone]) -> dict[str, str]:
-    name, table = entry
-    classes = ", ".join(f"`{model}`" for model in table.models.values())
-    return {"model": table.title, "`backbone`": f"`{name}`", "classes": classes}
 
 
 def _sites(table: Backbone) -> dict[str, str]:

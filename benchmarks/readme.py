@@ -1,24 +1,83 @@
-"""The table of the demo in docs/results.md, and that of README.md.
+"""The table of results in README.md, and that of the demo in docs/results.md.
 
 python -m benchmarks.readme [--check] [RESULTS]     RESULTS replaces benchmarks/results/demo.json first
 
-The results are those of one run, or of several by `benchmarks.demo_spread`, whose cells are the mean and the range.
+The demo's results are those of one run, or of several by `benchmarks.demo_spread`, whose cells are the mean and the
+range.
 """
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from statistics import mean
 from typing import Any
 
-from benchmarks.pages import RESULTS, Part, command, source
+from benchmarks.pages import RESULTS, Part, command, source, wrapped
 from training.results import flat, markdown_table, read_results
 
 
 COLUMNS = ["step", "mode", "T", "schedule", "accuracy", "spike_rate", "energy_ratio"]
+# Of the training-free rows (model: code and T), those that README shows, a miss among them.
+SHOWN = {
+    "prose": [("phase", 4), ("first_spike", 16)],
+    "smollm2": [("phase", 5), ("phase", 7), ("first_spike", 8)],
+}
 
 
 def parts() -> Iterator[Part]:
+    """Results for README, and the rows of the demo with what they were measured on."""
+    yield Part("README.md", "results", f"{markdown_table(results(), digits=2)}\n\n{wrapped(about_results())}")
+    yield Part("docs/results.md", "demo", demo())
+
+
+def results() -> list[dict[str, Any]]:
+    """A row for each model, code and training that a newcomer should see first."""
+    table = [*sst2()]
+    for name, model in {"prose": "gpt2-prose-mini, prose", "smollm2": "SmolLM2-135M, WikiText-103"}.items():
+        record = read_results(RESULTS / "spike_driven" / f"{name}.json")
+        stock, *rows = record["metrics"]
+        found = {(row["code"], row["T"]): row for row in rows if row["sites"] == "all"}
+        table += [line(model, found[key], stock["perplexity"], found[key]["perplexity"]) for key in SHOWN[name]]
+    record = read_results(RESULTS / "distillation_smollm2.json")
+    stock = next(row for row in record["metrics"] if row["kind"] == "stock")
+    taught = [row for row in record["metrics"] if row["kind"] == "distilled"]
+    return table + [line(model, row, stock["perplexity"], row["perplexity"]) for row in taught]
+
+
+def sst2() -> Iterator[dict[str, Any]]:
+    """The rows of MiniLM on SST-2."""
+    rows = read_results(RESULTS / "distillation_sst2.json")["metrics"]
+    stock = next(row["accuracy"] for row in rows if row["kind"] == "trained")
+    for row in rows:
+        if row["kind"] in ("converted", "distilled"):
+            yield line("MiniLM, SST-2", row, stock, row["accuracy"])
+
+
+def line(model: str, row: dict[str, Any], stock: float, spiking: float) -> dict[str, Any]:
+    """One row of README's table."""
+    training = f"{row['steps']} steps" if row.get("kind") == "distilled" else "–"
+    found = {"model, data": model, "code": row["code"].replace("_", " "), "T": row["T"], "training": training}
+    return found | {"stock": stock, "spiking": spiking, "energy": row["energy"], "reads": row["reads"]}
+
+
+def about_results() -> str:
+    """What README's table counts, on how much."""
+    judged = read_results(RESULTS / "distillation_sst2.json")["configuration"]["judged"]
+    sentences = int(re.findall(r"\d+", judged)[0])
+    share = next(row["stock"] for row in sst2()) / 100
+    error = 100 * (share * (1 - share) / sentences) ** 0.5
+    settings = [read_results(RESULTS / "spike_driven" / f"{name}.json")["configuration"] for name in SHOWN]
+    prose, wiki = (f"{each['windows']} windows of {each['length']} tokens" for each in settings)
+    return (
+        f"SST-2: accuracy in %, all {sentences} sentences of validation (sampling error ± {error:.1f}). Prose, "
+        f"WikiText-103: perplexity, lower is better; {prose}, {wiki}. All sites spike, layerwise; training is "
+        "distillation from the stock model. Energy and weight reads are counted over all products and given over the "
+        "stock model's: above 1 is more. One seed."
+    )
+
+
+def demo() -> str:
     """The rows of the demo, and what they were measured on."""
     record = read_results(RESULTS / "demo.json")
     runs = record["metrics"].get("runs") or [{"rows": [flat(row) for row in record["metrics"]["rows"]]}]
@@ -28,7 +87,7 @@ def parts() -> Iterator[Part]:
     if len(runs) > 1:
         settings = ", ".join(f"{run['seed']} / {run['threads']}" for run in runs)
         said += f"Mean of {len(runs)} runs (lowest to highest), seed / threads: {settings}. "
-    yield Part("docs/results.md", "demo", f"{table}\n\n{said}{source(record)}")
+    return f"{table}\n\n{said}{source(record)}"
 
 
 def spread(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def draw_raster(picture: Mapping[str, Any], axes: Any = None) -> Any:
     axes.set_xticks(places, words, rotation=60, ha="right", **plain)
     axes.set_yticks([0, len(lines) - 1], [f"{picture['neurons'][0]}", f"{picture['neurons'][-1]}"])
     axes.set(xlim=(0, len(words)), ylim=(-0.8, len(lines) - 0.2), ylabel="neuron")
-    signs = "; orange: negative spikes" if any("-" in line for line in lines) else ""
+    signs = "; blue: spikes, orange: negative ones" if any("-" in line for line in lines) else ""
     axes.set_xlabel(f"each token is {T} timesteps wide ({picture['schedule']}){signs}")
     share = "all" if len(lines) == picture["of"] else f"{len(lines)} ({picture['which']}) of {picture['of']:,}"
     title = (
