@@ -2,7 +2,7 @@
 
     python -m benchmarks.demo_spread [--seeds 0 1] [--threads 1 2] [--output_dir outputs/demo-spread]
 
-writes `benchmarks/results/demo.json`, of which README's table has the range. Runs that are finished are not run again.
+writes `benchmarks/results/demo.json`, whose range stands in docs/results.md. Runs that are finished are not run again.
 """
 
 import argparse

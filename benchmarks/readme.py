@@ -1,4 +1,4 @@
-"""The table of results in README.md, and that of the demo in docs/results.md.
+"""The table of results in README.md, and that of the demo in docs/results.md and benchmarks/demo.md.
 
 python -m benchmarks.readme [--check] [RESULTS]     RESULTS replaces benchmarks/results/demo.json first
 
@@ -18,6 +18,8 @@ from training.results import flat, markdown_table, read_results
 
 
 COLUMNS = ["step", "mode", "T", "schedule", "accuracy", "spike_rate", "energy_ratio"]
+BRIEF = ["step", "T", "schedule", "accuracy", "energy_ratio"]
+LEFT_OUT = {(2, "layerwise"), (8, "stepwise"), (8, "layerwise")}  # of the demo, in docs/results.md
 # Of the training-free rows (model: code and T), those that README shows, a miss among them.
 SHOWN = {
     "prose": [("phase", 4), ("first_spike", 16)],
@@ -28,7 +30,12 @@ SHOWN = {
 def parts() -> Iterator[Part]:
     """Results for README, and the rows of the demo with what they were measured on."""
     yield Part("README.md", "results", f"{markdown_table(results(), digits=2)}\n\n{wrapped(about_results())}")
-    yield Part("docs/results.md", "demo", demo())
+    record = read_results(RESULTS / "demo.json")
+    runs = record["metrics"].get("runs") or [{"rows": [flat(row) for row in record["metrics"]["rows"]]}]
+    rows = [spread(rows) for rows in zip(*(run["rows"] for run in runs), strict=True)]
+    yield Part("benchmarks/demo.md", "demo", f"{markdown_table(rows, COLUMNS)}\n\n{about_demo(record, runs)}")
+    short = [row for row in rows if (row["T"], row["schedule"]) not in LEFT_OUT]
+    yield Part("docs/results.md", "demo", f"{markdown_table(short, BRIEF)}\n\n{about_demo(record, runs)}")
 
 
 def results() -> list[dict[str, Any]]:
@@ -77,17 +84,14 @@ def about_results() -> str:
     )
 
 
-def demo() -> str:
-    """The rows of the demo, and what they were measured on."""
-    record = read_results(RESULTS / "demo.json")
-    runs = record["metrics"].get("runs") or [{"rows": [flat(row) for row in record["metrics"]["rows"]]}]
-    table = markdown_table([spread(rows) for rows in zip(*(run["rows"] for run in runs), strict=True)], COLUMNS)
+def about_demo(record: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
+    """How many sentences and runs stand behind the rows of the demo, and where they ran."""
     examples = sorted({row["examples"] for run in runs for row in run["rows"]})
     said = f"n = {', '.join(map(str, examples))}. "
     if len(runs) > 1:
         settings = ", ".join(f"{run['seed']} / {run['threads']}" for run in runs)
         said += f"Mean of {len(runs)} runs (lowest to highest), seed / threads: {settings}. "
-    return f"{table}\n\n{said}{source(record)}"
+    return said + source(record)
 
 
 def spread(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import statistics
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from benchmarks.pages import RESULTS, Part, command, source, wrapped
@@ -21,10 +22,11 @@ MODELS = {"prose": "gpt2-prose-mini, prose", "smollm2": "SmolLM2-135M, WikiText-
 
 def parts() -> Iterator[Part]:
     yield Part(PAGE, "training-free", "\n\n".join(training_free(name, title) for name, title in MODELS.items()))
+    yield Part(PAGE, "distilled", distilled())
+    yield Part(PAGE, "accumulated", accumulated())
     yield Part(SHORT, "training-free", in_short())
-    for page in (PAGE, SHORT):
-        yield Part(page, "distilled", distilled())
-        yield Part(page, "accumulated", accumulated())
+    yield Part(SHORT, "distilled", markdown_table(distilled_in_short(), digits=2))
+    yield Part(SHORT, "accumulated", markdown_table([row for row in accumulated_rows() if row["T"] == 4]))
     yield Part(PAGE, "neurobench", neurobench())
 
 
@@ -79,13 +81,11 @@ def in_short() -> str:
 def distilled() -> str:
     tables = []
     record = read_results(RESULTS / "distillation.json")
-    rows = [row for row in record["metrics"] if row["kind"] == "distilled"]
-    longest = {(row["code"], row["T"]): row for row in sorted(rows, key=lambda row: row["steps"])}
     table = [
         {"model": "gpt2-prose-mini, prose", "code": code_of(row), "T": row["T"], "steps": row["steps"]}
         | {"before": row["before_over_stock"], "after": row["after_over_stock"]}
         | {"spikes an input": row["after"]["spikes"], "energy": row["after"]["energy"], "reads": row["after"]["reads"]}
-        for _, row in sorted(longest.items(), reverse=True)
+        for row in longest(record["metrics"])
     ]
     settings = record["configuration"]
     about = f"Perplexity over stock; {settings['judged'].partition(';')[0]}. {source(record)}"
@@ -119,14 +119,57 @@ def distilled() -> str:
     return "\n\n".join(tables)
 
 
+def distilled_in_short() -> Iterator[dict[str, Any]]:
+    """Quality before and after distillation; perplexity, but of SST-2 accuracy."""
+
+    def line(model: str, row: dict[str, Any], found: dict[str, Any], *quality: float) -> dict[str, Any]:
+        first = {"model, data": model, "code": row["code"].replace("_", " "), "T": row["T"], "steps": row["steps"]}
+        return first | dict(zip(("stock", "before", "after"), quality, strict=True)) | pick(found, "energy", "reads")
+
+    for name in ("distillation", "distillation_smollm2"):
+        rows = read_results(RESULTS / f"{name}.json")["metrics"]
+        stock = next(row["perplexity"] for row in rows if row["kind"] == "stock")
+        before = {row["code"]: row["perplexity"] for row in rows if row["kind"] == "converted"}
+        for row in longest(rows):
+            model = MODELS["smollm2" if "smollm2" in name else "prose"]
+            if "after" in row:
+                perplexities = (row["before"]["perplexity"], row["after"]["perplexity"])
+                yield line(model, row, row["after"], stock, *perplexities)
+            else:
+                yield line(model, row, row, stock, before[row["code"]], row["perplexity"])
+    rows = read_results(RESULTS / "distillation_sst2.json")["metrics"]
+    stock = next(row["accuracy"] for row in rows if row["kind"] == "trained")
+    before = {row["code"]: row["accuracy"] for row in rows if row["kind"] == "converted"}
+    for row in longest(rows):
+        yield line("MiniLM, SST-2 (accuracy %)", row, row, stock, before[row["code"]], row["accuracy"])
+
+
+def longest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the distilled rows, for each code and T the one with the most steps."""
+    taught = sorted((row for row in rows if row["kind"] == "distilled"), key=lambda row: row["steps"])
+    found = {(row["code"], row["T"]): row for row in taught}
+    return [found[key] for key in sorted(found, reverse=True)]
+
+
+def pick(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: row[name] for name in names}
+
+
 def accumulated() -> str:
     tables = []
     for path in sorted((RESULTS / "accumulated").glob("*.json")):
+        table = list(accumulated_rows(path))
+        tables += [markdown_table(table, digits=4), wrapped(source(read_results(path)))]
+    return "\n\n".join(tables)
+
+
+def accumulated_rows(*paths: Path) -> Iterator[dict[str, Any]]:
+    """Mean divergence from QCFS by schedule, a row for each task and T that all seeds have."""
+    for path in paths or sorted((RESULTS / "accumulated").glob("*.json")):
         record = read_results(path)
         rows = [row for row in record["metrics"] if not row["searched"]]
         seeds = sorted({row["seed"] for row in rows})
         by = {(row["seed"], row["T"], row["schedule"]): row["divergence"] for row in rows}
-        table = []
         for T in sorted({row["T"] for row in rows}):
             found = {
                 schedule: [by[seed, T, schedule] for seed in seeds if (seed, T, schedule) in by]
@@ -135,13 +178,11 @@ def accumulated() -> str:
             if not all(len(each) == len(seeds) for each in found.values()):
                 continue
             means = {schedule: statistics.mean(each) for schedule, each in found.items()}
-            table.append(
+            yield (
                 {"task": path.stem, "T": T, "seeds": len(seeds)}
                 | means
                 | {"gap of stepwise closed": f"{100 * (1 - means['accumulated'] / means['stepwise']):.1f} %"}
             )
-        tables += [markdown_table(table, digits=4), wrapped(source(record))]
-    return "\n\n".join(tables)
 
 
 def neurobench() -> str:

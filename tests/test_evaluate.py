@@ -417,7 +417,6 @@ metric_list: [{metric: word_perplexity}]
 
 @pytest.mark.slow
 def test_lm_eval_takes_T_as_a_model_argument(folder, tmp_path):
-    """The example of `docs/measurement.md`, on a local task."""
     pytest.importorskip("lm_eval", reason="needs lm-eval, which is not among the dependencies")
     (tmp_path / "letters.yaml").write_text(TASK.replace("CORPUS", str(folder / "corpus.jsonl")))
     found = {}
