@@ -42,9 +42,10 @@ def energy(found: dict) -> tuple[str, str, str]:
         "are one thing."
     )
     costs = (
-        "With neurons in the MLPs only, stepwise execution costs more than the ANN from T = 2 on, at any spike rate: the products that stay MACs "
-        f"alone are {stay[2]:.2f} times those of the ANN at T = 2, {stay[4]:.2f} times at T = 4 (GPT-2 small, 1,024 "
-        f"tokens). No more than the product after the neurons can be saved, {100 * saved:.0f} %."
+        "With neurons in the MLPs only, stepwise execution costs more than the ANN from T = 2 on, at any spike rate: "
+        f"the products that stay MACs alone are {stay[2]:.2f} times those of the ANN at T = 2, {stay[4]:.2f} times at "
+        "T = 4 (GPT-2 small, 1,024 tokens). No more than the product after the neurons can be saved, "
+        f"{100 * saved:.0f} %."
     )
     return markdown_table(found.values(), columns, digits=2), wrapped(published), wrapped(costs)
 
