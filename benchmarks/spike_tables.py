@@ -27,14 +27,18 @@ def parts() -> Iterator[Part]:
     yield Part(SHORT, "training-free", in_short())
     yield Part(SHORT, "distilled", markdown_table(distilled_in_short(), digits=2))
     yield Part(SHORT, "accumulated", markdown_table([row for row in accumulated_rows() if row["T"] == 4]))
+    yield Part(PAGE, "rotation", rotation())
     yield Part(PAGE, "neurobench", neurobench())
 
 
 def code_of(row: dict[str, Any]) -> str:
-    """A code with its base, and its schedule where it is no layerwise one."""
+    """A code with its base, its schedule where it is no layerwise one, and its gain where it is not the default."""
     base = f", b = {row['code_base']:.2g}" if row.get("code_base") else ""
     schedule = row.get("schedule")
-    return row["code"].replace("_", " ") + base + (f", {schedule}" if schedule not in (None, "layerwise") else "")
+    gain = f", {row['gain']} gain" if row.get("gain") else ""
+    return (
+        row["code"].replace("_", " ") + base + (f", {schedule}" if schedule not in (None, "layerwise") else "") + gain
+    )
 
 
 def training_free(name: str, title: str) -> str:
@@ -76,6 +80,19 @@ def in_short() -> str:
         markdown_table(chosen(), digits=2)
         + "\n\nOne seed of calibration text; the conversion itself has no chance in it."
     )
+
+
+def rotation() -> str:
+    record = read_results(RESULTS / "rotation.json")
+    _, *rows = record["metrics"]
+    table = [
+        {"rotation": row["rotation"], "T": row["T"], "perplexity": row["perplexity"], "over stock": row["over_stock"]}
+        | {"spikes an input": row["spikes"], "energy": row["energy"], "reads": row["reads"]}
+        for row in rows
+    ]
+    settings = record["configuration"]
+    about = f"{settings['windows']} windows of {settings['length']} tokens of `{settings['judged']}`. {source(record)}"
+    return "\n\n".join([markdown_table(table, digits=3), wrapped(about)])
 
 
 def distilled() -> str:
