@@ -9,6 +9,7 @@ JOBS ?= 2
 ARGS ?=
 BENCHMARKS ?= benchmarks/run.py
 MATRIX_TESTS ?= tests/test_configuration.py tests/test_goldens.py tests/test_models.py tests/test_generation.py tests/test_loading.py tests/test_calibration.py tests/test_calibration_goldens.py tests/test_backbones.py tests/test_layout.py tests/test_packing.py tests/test_modes.py tests/test_codes.py
+MATRIX_MARKS := (not slow or rest) and not gpu
 
 VENV := .venv
 OLD_VENV := .venv-transformers4
@@ -27,14 +28,14 @@ demo-llm: $(VENV)/.installed-llm ## make a real small Llama spike without traini
 	OMP_WAIT_POLICY=PASSIVE $(RUN) -m training.demo_llm $(ARGS)
 
 test: $(VENV)/.installed ## the default tests: offline, under 3 minutes on two cores
-	$(RUN) -m pytest -n $(JOBS) $(ARGS)
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.installed ## the tests marked slow
-	$(RUN) -m pytest -n $(JOBS) -m slow $(ARGS)
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
 test-matrix: $(VENV)/.installed $(OLD_VENV)/.installed ## model tests and exchanged checkpoints under transformers 4.57 and 5.23
-	$(OLD_RUN) -m pytest -n $(JOBS) $(MATRIX_TESTS)
-	$(RUN) -m pytest -n $(JOBS) $(MATRIX_TESTS)
+	$(OLD_RUN) -m pytest -n $(JOBS) --dist worksteal -m "$(MATRIX_MARKS)" $(MATRIX_TESTS)
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "$(MATRIX_MARKS)" $(MATRIX_TESTS)
 	$(RUN) tests/matrix.py $(OLD_RUN) $(RUN)
 
 quality: $(VENV)/.installed ## formatting, lint and types, changing nothing

@@ -1,5 +1,10 @@
 """Tiny random models of every backbone and head of the table, with inputs for them."""
 
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import pytest
 import torch
 import transformers
 
@@ -27,6 +32,22 @@ SIZES = {
 CASES = [(backbone, auto_class) for backbone, table in BACKBONES.items() for auto_class in table.models]
 HEADS = [case for case in CASES if case[1] != "AutoModel"]
 CAUSAL = [backbone for backbone, table in BACKBONES.items() if table.causal]
+# Every backbone, every head, and what is one of a kind: a default test takes these where all models are one path.
+FEW = {
+    ("gpt2", "AutoModelForCausalLM"),
+    ("gpt2", "AutoModelForTokenClassification"),
+    ("bert", "AutoModelForMaskedLM"),  # time ends in its head
+    ("bert", "AutoModelForMultipleChoice"),
+    ("bert", "AutoModelForSequenceClassification"),  # a pooler with a site
+    ("roberta", "AutoModelForSequenceClassification"),  # a head that is not linear
+    ("distilbert", "AutoModelForMaskedLM"),
+    ("distilbert", "AutoModelForQuestionAnswering"),
+    ("opt", "AutoModelForCausalLM"),
+    ("llama", "AutoModelForCausalLM"),
+    ("qwen2", "AutoModelForSequenceClassification"),
+    ("qwen3", "AutoModel"),
+    ("qwen3", "AutoModelForCausalLM"),
+}
 # Heads that are not linear in what the trunk gives, and hold no neurons: time ends before them.
 NOT_LINEAR = {
     ("roberta", "AutoModelForMaskedLM"),
@@ -60,6 +81,23 @@ def model(backbone: str, auto_class: str, seed: int = 0, **settings):
             if parameter.dim() == 1 and not name.endswith("threshold"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return made.eval()
+
+
+def named(value: Any) -> Any:
+    """The name of a case, as pytest shows it; anything else by its own."""
+    is_case = isinstance(value, tuple) and len(value) == 2 and value[0] in BACKBONES
+    return f"{value[0]}-{value[1].removeprefix('AutoModel') or 'Model'}" if is_case else None
+
+
+def some(wanted: Callable[..., bool], *axes: Sequence[Any]) -> list[Any]:
+    """The product of axes as parameters: by default those that are wanted run, the rest as slow tests."""
+    rest = (pytest.mark.slow, pytest.mark.rest)
+    return [pytest.param(*each, marks=() if wanted(*each) else rest) for each in product(*axes)]
+
+
+def few(cases: Sequence[tuple[str, str]]) -> list[Any]:
+    """[`some`] cases, those of `FEW`."""
+    return some(lambda case: case in FEW, cases)
 
 
 def stock_class(backbone: str, auto_class: str):

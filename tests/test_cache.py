@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 import backbones
 import tiny
-from backbones import CAUSAL
+from backbones import CAUSAL, some
 
 
 STOCK = {"activation": "stock", "L": None}
@@ -33,29 +33,33 @@ def made(model, cache=None):
     return model(IDS[:, :6], past_key_values=cache, use_cache=True).past_key_values
 
 
+CHANGES = {
+    "T": (lambda model: model.set_timesteps(2), "made with `T` 4 where the model has `T` 2"),
+    "ann": (lambda model: model.set_timesteps(0), "made with `T` 4 where the model has `T` 0"),
+    "layerwise": (
+        lambda model: model.set_timesteps(4, "layerwise"),
+        "`schedule` 'stepwise' where the model has `schedule` 'layerwise'",
+    ),
+    "accumulated": (
+        lambda model: model.set_timesteps(4, "accumulated"),
+        "`schedule` 'stepwise' where the model has `schedule` 'accumulated'",
+    ),
+    "calibrated": (
+        lambda model: model.begin_calibration(4),
+        "`calib_T` None where the model has `calib_T` 4",
+    ),
+    "thresholds": (
+        lambda model: model.neurons()[0][1].threshold.mul_(2),
+        "made with the thresholds of then where the model has others",
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    "change, said",
-    [
-        (lambda model: model.set_timesteps(2), "made with `T` 4 where the model has `T` 2"),
-        (lambda model: model.set_timesteps(0), "made with `T` 4 where the model has `T` 0"),
-        (
-            lambda model: model.set_timesteps(4, "layerwise"),
-            "`schedule` 'stepwise' where the model has `schedule` 'layerwise'",
-        ),
-        (
-            lambda model: model.set_timesteps(4, "accumulated"),
-            "`schedule` 'stepwise' where the model has `schedule` 'accumulated'",
-        ),
-        (lambda model: model.begin_calibration(4), "`calib_T` None where the model has `calib_T` 4"),
-        (
-            lambda model: model.neurons()[0][1].threshold.mul_(2),
-            "made with the thresholds of then where the model has others",
-        ),
-    ],
-    ids=["T", "ann", "layerwise", "accumulated", "calibrated", "thresholds"],
+    "backbone, name", some(lambda backbone, name: backbone == "gpt2" or name == "thresholds", CAUSAL, CHANGES)
 )
-@pytest.mark.parametrize("backbone", CAUSAL)
-def test_a_cache_of_another_mode_is_refused(backbone, change, said):
+def test_a_cache_of_another_mode_is_refused(backbone, name):
+    change, said = CHANGES[name]
     model = causal(backbone, T=4)
     cache = made(model)
     again = copy.deepcopy(cache)
@@ -98,10 +102,17 @@ def test_an_emptied_cache_serves_any_mode():
         torch.testing.assert_close(found, expected, **EXACT)
 
 
-@pytest.mark.parametrize("settings", [{"T": 4}, {"T": 3, "sites": "all", "schedule": "accumulated", **STOCK}, PHASE])
-@pytest.mark.parametrize("backbone", CAUSAL)
-@pytest.mark.parametrize("chosen", [torch.tensor([2, 0]), torch.tensor([True, False, True])], ids=["order", "mask"])
+@pytest.mark.parametrize(
+    "backbone, settings, chosen",
+    some(
+        lambda backbone, settings, chosen: backbone == "gpt2" or (settings["T"] == 3 and chosen == [2, 0]),
+        CAUSAL,
+        [{"T": 4}, {"T": 3, "sites": "all", "schedule": "accumulated", **STOCK}, PHASE],
+        [[2, 0], [True, False, True]],
+    ),
+)
 def test_rows_of_a_cache_are_chosen_at_every_timestep(backbone, settings, chosen):
+    chosen = torch.tensor(chosen)
     model = causal(backbone, **settings)
     expected = model(IDS[chosen]).logits[:, 6:]
     cache = made(model)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tiny
+from backbones import some
 
 
 STRATEGIES = {
@@ -37,15 +38,26 @@ def assert_cached_equals_uncached(model, strategy):
     assert len(set(cached.sequences[:, -8:].flatten().tolist())) > 1  # not one token for ever
 
 
-@pytest.mark.parametrize("T, schedule", tiny.MODES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_cached_equals_uncached(strategy, T, schedule):
+@pytest.mark.parametrize(
+    "strategy, mode",
+    some(lambda strategy, mode: strategy == "beam" or mode == (4, "stepwise"), STRATEGIES, tiny.MODES),
+)
+def test_cached_equals_uncached(strategy, mode):
+    T, schedule = mode
     assert_cached_equals_uncached(tiny.model("gpt2", T=T, schedule=schedule).double(), strategy)
 
 
-@pytest.mark.parametrize("granularity", ["layer", "neuron", "position"])
-@pytest.mark.parametrize("schedule", ["stepwise", "layerwise"])
-@pytest.mark.parametrize("strategy", ["greedy", "beam"])
+@pytest.mark.parametrize(
+    "strategy, schedule, granularity",
+    some(
+        lambda strategy, schedule, granularity: (
+            (strategy, schedule) == ("beam", "stepwise") or (strategy, granularity) == ("greedy", "position")
+        ),
+        ["greedy", "beam"],
+        ["stepwise", "layerwise"],
+        ["layer", "neuron", "position"],
+    ),
+)
 def test_cached_equals_uncached_after_calibration(strategy, schedule, granularity):
     model = tiny.model("gpt2", T=4, schedule=schedule).double().begin_calibration(4, granularity, tiny.POSITIONS)
     for _, neuron in model.neurons():

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import backbones
-from backbones import CASES, HEADS
+from backbones import CASES, HEADS, few, named
 from training import layout
 from training.calibrate import calibration_loss, coarse_search, fold_thresholds
 from training.calibrate.loss import recorded
@@ -18,11 +18,7 @@ from training.evaluate import SpikeMonitor, count_operations
 ONE_OUTPUT = [case for case in HEADS if case[1] != "AutoModelForQuestionAnswering"]
 
 
-def ids(cases):
-    return ["-".join([backbone, auto_class.removeprefix("AutoModel") or "Model"]) for backbone, auto_class in cases]
-
-
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("case", CASES, ids=named)
 def test_products_are_all_linear_layers_of_the_model(case):
     model = backbones.model(*case)
     listed = [id(weight) for product in layout.products(model) for weight in product.weights]
@@ -30,13 +26,13 @@ def test_products_are_all_linear_layers_of_the_model(case):
     assert {*listed} == {id(module) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("case", CASES, ids=named)
 def test_sites_are_all_neurons_of_the_model(case):
     model = backbones.model(*case)
     assert [site.name for site in layout.sites(model)] == [name for name, _ in model.neurons()]
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("case", CASES, ids=named)
 def test_energy_counts_every_weight_once_a_token(case):
     """With one token and one key, dense MACs are the weights and two products of attention a block."""
     model = backbones.model(*case)
@@ -55,7 +51,7 @@ def test_energy_counts_every_weight_once_a_token(case):
 
 
 @pytest.mark.parametrize("schedule", ["stepwise", "layerwise"])
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("case", few(CASES), ids=named)
 def test_monitored_spikes_are_those_that_hooks_count(case, schedule):
     model, inputs = backbones.model(*case, T=4, schedule=schedule), backbones.batch(*case)
     mask = inputs["attention_mask"].flatten(0, -2).bool()
@@ -79,7 +75,7 @@ def test_monitored_spikes_are_those_that_hooks_count(case, schedule):
         assert site.spikes.sum() > 0
 
 
-@pytest.mark.parametrize("case", ONE_OUTPUT, ids=ids(ONE_OUTPUT))
+@pytest.mark.parametrize("case", few(ONE_OUTPUT), ids=named)
 def test_the_search_brings_every_model_nearer_to_its_ann(case):
     model, inputs = backbones.model(*case, L=8), backbones.batch(*case)
     model.begin_calibration(3)
@@ -95,7 +91,7 @@ def test_the_search_brings_every_model_nearer_to_its_ann(case):
 
 
 @pytest.mark.parametrize("T, schedule", [(0, "stepwise"), (4, "stepwise"), (4, "layerwise")])
-@pytest.mark.parametrize("case", HEADS, ids=ids(HEADS))
+@pytest.mark.parametrize("case", few(HEADS), ids=named)
 def test_folding_changes_nothing_but_what_travels(case, T, schedule):
     model, inputs = backbones.model(*case).double(), backbones.batch(*case)
     with torch.no_grad():

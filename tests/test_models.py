@@ -8,6 +8,7 @@ from transformers import AutoModel, BertForMaskedLM, BertForSequenceClassificati
 
 import naive
 import tiny
+from backbones import some
 
 
 STOCK = {"gpt2": GPT2LMHeadModel, "mlm": BertForMaskedLM, "classify": BertForSequenceClassification}
@@ -91,10 +92,17 @@ def test_padded_rows_equal_the_rows_alone(kind, T, schedule, padding):
         torch.testing.assert_close(together, alone[0], **EXACT)
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("T, schedule", tiny.MODES)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_outputs_have_the_stock_form(kind, T, schedule, attention):
+@pytest.mark.parametrize(
+    "kind, mode, attention",
+    some(
+        lambda kind, mode, attention: mode == (4, "stepwise") or (kind, attention) == ("mlm", "eager"),
+        tiny.KINDS,
+        tiny.MODES,
+        ["eager", "sdpa"],
+    ),
+)
+def test_outputs_have_the_stock_form(kind, mode, attention):
+    T, schedule = mode
     inputs = tiny.batch(kind) | {"output_hidden_states": True, "output_attentions": attention == "eager"}
     model = tiny.model(kind, T=T, schedule=schedule, attn_implementation=attention)
     stock = STOCK[kind](model.config).eval()(**inputs)
@@ -195,7 +203,7 @@ def test_the_default_compiler_agrees(kind):
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("T, schedule", [(0, "stepwise"), (4, "stepwise"), (4, "layerwise")])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", some(lambda dtype: dtype == torch.bfloat16, [torch.bfloat16, torch.float16]))
 @torch.no_grad()
 def test_half_precision_weights_run(kind, T, schedule, dtype):
     model, inputs = tiny.model(kind, T=T, schedule=schedule), tiny.batch(kind)

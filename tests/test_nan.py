@@ -5,7 +5,7 @@ import torch
 
 import backbones
 import neurons_fas
-from backbones import CASES
+from backbones import CASES, FEW, some
 from configuration_fas import BACKBONES
 from neurons_fas import encode, integrate_and_fire, spike_rate
 from sites_fas import trunk
@@ -31,9 +31,11 @@ MODES = [
 ]
 
 
-# Every mode of three, the two schedules that differ most of the others.
-FULL = [("gpt2", "AutoModelForCausalLM"), ("bert", "AutoModelForMaskedLM"), ("llama", "AutoModelForCausalLM")]
-RUNS = [(case, mode) for case in CASES for mode in (MODES if case in FULL else (MODES[2], MODES[-3]))]
+RUNS = some(
+    lambda case, mode: case == ("gpt2", "AutoModelForCausalLM") or (case in FEW and mode in (MODES[2], MODES[-3])),
+    CASES,
+    MODES,
+)
 
 
 def named(settings):
