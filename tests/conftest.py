@@ -1,5 +1,7 @@
 """Every test runs offline, seeded and on one thread; deprecation notices of transformers fail the test."""
 
+import gc
+import io
 import logging
 import os
 import resource
@@ -11,12 +13,19 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_TH
 
 import pytest
 import torch
+from PIL import Image
 from transformers import set_seed
 
-from outside import run_outside as run_outside_repository
+from outside import Outside
 
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Garbage collection, of which every training asks for several, need not look at all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +56,18 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def outside(tmp_path_factory):
+    """What starts processes that cannot import this repository."""
+    started = Outside(tmp_path_factory.mktemp("outside"))
+    yield started
+    started.end()
+
+
 @pytest.fixture
-def run_outside(tmp_path):
+def run_outside(outside, tmp_path):
     """`run_outside(["-c", code, ...])`: a new process in `tmp_path` that cannot import this repository; its output."""
-    return lambda args: run_outside_repository(args, tmp_path)
+    return lambda args: outside(args, tmp_path)
 
 
 @pytest.fixture
@@ -59,6 +76,16 @@ def full_disk():
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports make their figures, but not the pixels of these, which take two seconds each time."""
+    from training.evaluate import report
+
+    buffer = io.BytesIO()
+    Image.new("L", (1, 1)).save(buffer, "PNG")
+    monkeypatch.setattr(report, "image", lambda draw, results, dark=False: (draw(results), buffer.getvalue())[1])
 
 
 @pytest.fixture(scope="session")

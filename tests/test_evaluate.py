@@ -300,6 +300,7 @@ def run(folder, line, **more):
 CLASSIFIER = "{0}/bert --stock {0}/stock --validation_file {0}/reviews.jsonl --T 2 --output_dir {out}"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_command_line_for_a_classifier(folder, tmp_path):
     results = run(folder, CLASSIFIER, out=tmp_path)
     assert results == json.loads((tmp_path / "results.json").read_text())
@@ -320,6 +321,7 @@ def test_command_line_for_a_classifier(folder, tmp_path):
     assert replaced["metrics"]["rows"][0]["quality"]["examples"] == 3
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_ends_with_its_table_and_the_report(folder, tmp_path, caplog):
     with caplog.at_level("INFO", logger="training"):
         run(folder, CLASSIFIER + " --limit 3", out=tmp_path)
@@ -327,6 +329,7 @@ def test_the_command_ends_with_its_table_and_the_report(folder, tmp_path, caplog
     assert "| stepwise T = 2 |" in said and said.endswith(f"The report is {tmp_path / 'report.html'}")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("kind", ["mlm", "base"])
 def test_command_line_for_a_masked_model_and_one_without_a_head(folder, tmp_path, kind):
     line = "{0}/" + kind + " --validation_file {0}/corpus.jsonl --T 2 --limit 12 --output_dir {out}"
@@ -336,6 +339,7 @@ def test_command_line_for_a_masked_model_and_one_without_a_head(folder, tmp_path
     assert (tmp_path / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_command_line_for_a_language_model(folder, tmp_path):
     line = "{0}/gpt2 --validation_file {0}/corpus.jsonl --T 1 --schedule layerwise --window 8 --stride 4 --limit 5 "
     results = run(folder, line + "--add_eos --output_dir {out}", out=tmp_path)
@@ -345,6 +349,7 @@ def test_command_line_for_a_language_model(folder, tmp_path):
     assert "early_exit" not in results["metrics"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_interrupted_command_line_keeps_rows(folder, tmp_path, monkeypatch):
     measure = measurement._measure
 

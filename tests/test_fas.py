@@ -164,7 +164,7 @@ def test_heads_that_are_not_measured_and_a_model_without_a_folder(folders):
         fas.evaluate(tiny.model("classify"), TEXTS)
 
 
-def test_the_report_and_the_card_of_what_was_measured(folders, tmp_path, monkeypatch):
+def test_the_report_and_the_card_of_what_was_measured(folders, tmp_path, monkeypatch, undrawn):
     def weights(folder):  # in a process apart, which other tests start
         return fingerprint(FASBertForSequenceClassification.from_pretrained(folder))
 

@@ -54,15 +54,34 @@ def test_make_help_lists_every_target():
     assert {line.split()[0] for line in listed.splitlines()} == make_targets()
 
 
-def test_every_room_is_a_command():
-    commands = ("evaluate.report", "publish.cards", "evaluate", "publish", "calibrate")
-    run = "import runpy, sys\nfor name in sys.argv[1:]:\n    sys.argv = [name, '--help']\n    try:\n"
-    run += "        runpy.run_module(f'training.{name}', run_name='__main__')\n"
-    run += "    except SystemExit as end:\n        assert not end.code\n"
-    command = [sys.executable, "-W", "error::RuntimeWarning:runpy", "-c", run, *commands]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage:") == len(commands)
+ROOMS = """
+import runpy, sys, warnings
+warnings.filterwarnings("error", category=RuntimeWarning, module="runpy")
+root, *names = sys.argv[1:]
+sys.path.insert(0, root)
+for name in names:
+    for loaded in [each for each in sys.modules if each.partition(".")[0] == "training"]:
+        del sys.modules[loaded]
+    sys.argv = [name, "--help"]
+    try:
+        runpy.run_module(f"training.{name}", run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
+"""
+
+
+def test_every_room_is_a_command(run_outside):
+    commands = (
+        "evaluate.report",
+        "publish.cards",
+        "evaluate",
+        "publish",
+        "calibrate",
+        "run_glue",
+        "run_clm",
+        "run_mlm",
+    )
+    assert run_outside(["-c", ROOMS, str(ROOT), *commands]).count("usage:") == len(commands)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)

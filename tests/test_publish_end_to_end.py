@@ -93,11 +93,13 @@ def unanswered(hub):
     return [request for request in hub.requests if request[2] == -404]
 
 
-def test_published_logits_are_those_of_the_model_in_memory(tmp_path, monkeypatch):
-    """The quick one: publishing in this process, verification and reading in two clean ones."""
+def test_published_logits_are_those_of_the_model_in_memory(tmp_path, monkeypatch, outside):
+    """The quick one: publishing in this process, verification in forks of a clean one, reading in a clean one."""
     with running_hub() as hub, local_client(hub, monkeypatch):
         model = tiny_checkpoint(tmp_path / "made", "classifier")
-        url = publish(tmp_path / "made", "tester/tiny", model=model, api=HfApi(hub.url, WRITE_TOKEN))
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "run", outside.run)
+            url = publish(tmp_path / "made", "tester/tiny", model=model, api=HfApi(hub.url, WRITE_TOKEN))
         env = environment(hub, tmp_path / "other", None)
         found, _ = read(env, tmp_path, "tester/tiny", AUTO["classifier"], url.rpartition("/")[2])
         assert_same(probe_logits(model), found)

@@ -72,7 +72,7 @@ def test_numbers_of_the_tables(metrics, made):
     assert "| stock model |" in text
 
 
-def test_an_interrupted_run(metrics, tmp_path):
+def test_an_interrupted_run(metrics, tmp_path, undrawn):
     begun = {"rows": metrics["rows"][:2]}
     html = main([str(write(tmp_path, begun, "partial"))])
     assert "Partial: the run was interrupted" in html.read_text()

@@ -11,7 +11,7 @@ from benchmarks import training_processes as processes
 from training import demo, run_clm, run_glue
 from training.results import read_results
 from training.tasks import GLUE_COLUMNS
-from training_helpers import is_good, save_bert, save_gpt2, sentences, write_corpus, write_reviews
+from training_helpers import in_two_processes, is_good, save_bert, save_gpt2, sentences, write_corpus, write_reviews
 
 
 METRICS = {"cola": {"matthews_correlation"}, "stsb": {"pearson", "spearmanr"}}
@@ -30,15 +30,21 @@ def inputs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("backbone", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_two_processes_equal_one_with_the_same_global_batch(backbone, inputs, tmp_path):
+@pytest.mark.parametrize(
+    ("backbone", "torchrun"), [("bert", False), pytest.param("gpt2", True, marks=pytest.mark.slow)]
+)
+def test_two_processes_equal_one_with_the_same_global_batch(backbone, torchrun, inputs, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     script = {"bert": run_glue, "gpt2": run_clm}[backbone]
     held_out = inputs / ("held_out.json" if backbone == "gpt2" else "test.json")
     evaluation = f"--do_eval --T 2 --validation_file {held_out} --per_device_eval_batch_size 5".split()
     evaluation += ["--max_eval_samples", "31"]  # the last batches of two processes repeat rows: they must not count
-    script.main([*processes.command(backbone, "downstream", inputs, one, 8, 20)[1:], *evaluation])
-    processes.run(processes.TORCHRUN, [*processes.command(backbone, "downstream", inputs, two, 4, 20), *evaluation])
+    script.main([*processes.command(backbone, "downstream", inputs, one, 8, 8)[1:], *evaluation])
+    command = [*processes.command(backbone, "downstream", inputs, two, 4, 8), *evaluation]
+    if torchrun:
+        processes.run(processes.TORCHRUN, command)
+    else:
+        in_two_processes(script.main, command[1:])
     results = read_results(two / "evaluation.json")
     assert results["configuration"]["training"]["ddp_find_unused_parameters"] is False
     rows = read_results(one / "evaluation.json")["metrics"]["rows"]

@@ -1,9 +1,14 @@
 """Tiny checkpoints, tokenizers and data for the tests of training."""
 
 import json
+import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     BertConfig,
@@ -93,6 +98,21 @@ def save_gpt2(folder: Path, dropout: float = 0.1) -> str:
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
     return str(folder)
+
+
+def in_two_processes(main: Callable[[list[str]], Any], argv: list[str]) -> None:
+    """Run `main` in two processes as torchrun does, but by forking this one, which has imported all they need."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_one_of_two, (port, main, argv), nprocs=2, start_method="fork")
+
+
+def _one_of_two(rank: int, port: int, main: Callable[[list[str]], Any], argv: list[str]) -> None:
+    size = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= size | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(argv)
 
 
 def tensors(folder: str | Path) -> dict[str, torch.Tensor]:
