@@ -1,7 +1,7 @@
-"""SpikingJelly 2.0's Qwen2 recipe on the model and the windows of `benchmarks.spike_driven smollm2`.
+"""SpikingJelly 2.0's Qwen2 recipe and our training-free conversion of one model, on the same text.
 
     pip install spikingjelly==2.0.0                              (beside this project, in an environment of its own)
-    SMOLLM2=FOLDER python -m benchmarks.rivals.spikingjelly_qwen2 [--windows 24] [--timesteps 8 16]
+    SMOLLM2=FOLDER python -m benchmarks.rivals.spikingjelly_qwen2 [--windows 4] [--timesteps 8]
 
 The recipe takes Qwen2 only. SmolLM2 becomes one that computes the same function: the biases that Qwen2 adds are zero.
 """
@@ -17,7 +17,7 @@ from spikingjelly.activation_based.ann2snn.recipes.qwen2 import calibrate_qwen2_
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from benchmarks.spike_driven import MODELS, SHARED, windows
+from benchmarks.spike_driven import MODELS, SHARED, judge, windows
 from training.results import commit, markdown_table, write_results
 
 
@@ -49,7 +49,7 @@ def perplexity(model, rows: torch.Tensor) -> float:
     return torch.stack(losses).mean().exp().item()
 
 
-def judge(stock: Qwen2ForCausalLM, T: int, rows: torch.Tensor, calibration: torch.Tensor) -> dict[str, float]:
+def spikingjelly(stock: Qwen2ForCausalLM, T: int, rows: torch.Tensor, calibration: torch.Tensor) -> dict[str, float]:
     """Convert with as many levels as timesteps, at most 16, and measure."""
     settings = ann2snn.Qwen2SNNConfig(time_steps=T, calibration_levels=min(T, 16), calibration_quantile=QUANTILE)
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in calibration]
@@ -63,13 +63,13 @@ def judge(stock: Qwen2ForCausalLM, T: int, rows: torch.Tensor, calibration: torc
     counts = [encoder.statistics() for encoder in model.signed_encoders()]
     spikes = sum(each["positive_spike_count"] + each["negative_spike_count"] for each in counts)
     values = sum(each["spike_value_count"] for each in counts)
-    return {"T": T, "perplexity": quality, "spikes": T * spikes / values, "seconds": seconds}
+    return {"code": "SpikingJelly", "T": T, "perplexity": quality, "spikes": T * spikes / values, "seconds": seconds}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--timesteps", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--timesteps", type=int, nargs="+", default=[8])
     args = parser.parse_args()
     logging.set_verbosity_error()
     path, judged, _, length = MODELS["smollm2"]
@@ -78,7 +78,9 @@ def main() -> None:
     calibration = windows(tokenizer, SHARED / judged, length, 768 // length, args.windows + 20)
     stock = as_qwen2(path)
     start = time.process_time()
-    done = [{"T": 0, "perplexity": perplexity(stock, rows), "seconds": time.process_time() - start}]
+    done = [{"code": "stock", "T": 0, "perplexity": perplexity(stock, rows), "seconds": time.process_time() - start}]
+    ours = {"sites": "all", "code": "phase", "T": 7}
+    done.append(ours | judge(path, ours, rows, calibration))
     configuration = {
         "spikingjelly": metadata.version("spikingjelly"),
         "model": path.name,
@@ -90,9 +92,9 @@ def main() -> None:
         "quantile": QUANTILE,
     }
     for T in args.timesteps:
-        done.append(judge(stock, T, rows, calibration) | {"commit": commit()})
+        done.append(spikingjelly(stock, T, rows, calibration) | {"commit": commit()})
         write_results(OUTPUT, metrics=done, configuration=configuration)
-        print(markdown_table(done[-1:]), flush=True)
+        print(markdown_table(done), flush=True)
 
 
 if __name__ == "__main__":
