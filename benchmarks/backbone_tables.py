@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from benchmarks.pages import Part, command
-from configuration_fas import BACKBONES, Backbone, Site
+from configuration_fas import BACKBONES, Site
 from training.publish.card import OUTER_SITES
 from training.results import markdown_table
 
@@ -16,7 +16,7 @@ from training.results import markdown_table
 def parts() -> Iterator[Part]:
     """Models by Auto class, sites by backbone."""
     yield Part("docs/use.md", "auto classes", markdown_table(_auto_classes()))
-    yield Part("docs/method.md", "sites", markdown_table(map(_sites, BACKBONES.values())))
+    yield Part("docs/method.md", "sites", markdown_table(_sites()))
 
 
 def _auto_classes() -> Iterator[dict[str, str]]:
@@ -25,19 +25,20 @@ def _auto_classes() -> Iterator[dict[str, str]]:
         yield {"Auto class": f"`{auto_class}`", "models": ", ".join(titles)}
 
 
-def _sites(table: Backbone) -> dict[str, str]:
-    blocks = ".".join(filter(None, (table.trunk, f"{table.blocks}[i]")))
-    return {
-        "model": table.title,
-        "heads": ", ".join(map(_head, [name for name in table.models if name != "AutoModel"])),
-        "sites of a block": "; ".join(f"`{blocks}.{site.path}`, {_place(site)}" for site in table.sites),
-        "other sites": "; ".join(map(_outer, table.outer_sites)) or "–",
-    }
+def _sites() -> Iterator[dict[str, str]]:
+    """Models with the same sites in one row."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for table in BACKBONES.values():
+        sites = "; ".join(_place(site) for site in table.sites)
+        models.setdefault((sites, "; ".join(map(_outer, table.outer_sites)) or "–"), []).append(table.title)
+    for (sites, others), titles in models.items():
+        yield {"model": ", ".join(titles), "sites of a block": sites, "other sites": others}
 
 
 def _place(site: Site) -> str:
-    place = "at its input, as its child `site`" if site.at == "input" else "in place of the activation"
-    return f"{place}, signed" if site.signed else place
+    if site.at != "input":
+        return f"`{site.path}`"
+    return f"the input of `{site.path}`{', signed' if site.signed else ''}"
 
 
 def _outer(site: Site) -> str:

@@ -169,10 +169,10 @@ def schedules() -> str:
                 shapes += cell(at, height, fired[t], sum(fired[: t + 1]) / (t + 1) if name == "accumulated" else None)
         shapes += [text(at, 342, f"t = {t}", GREY, font_size=13) for t, at in enumerate(x, start=1)]
     shapes += [line(24, 360, 936, 360, arrow=False)]
-    shapes += [*cell(44, 388, 1, None), text(74, 393, "a step with a spike", anchor="start")]
-    shapes += [*cell(268, 388, 0, None), text(298, 393, "one without", anchor="start")]
-    shapes += [level(436, 388, 0.5), text(454, 393, "the mean, as a norm sees it", anchor="start")]
-    return card(960, 420, "How time passes in each schedule: time to the right, layers upward", shapes)
+    shapes += [*cell(44, 394, 1, None), text(74, 399, "a step with a spike", anchor="start")]
+    shapes += [*cell(268, 394, 0, None), text(298, 399, "one without", anchor="start")]
+    shapes += [level(436, 394, 0.5), text(454, 399, "the mean, as a norm sees it", anchor="start")]
+    return card(960, 428, "How time passes in each schedule: time to the right, layers upward", shapes)
 
 
 def cell(x: float, y: float, fired: float, mean: float | None) -> list[str]:
@@ -214,6 +214,7 @@ def codes() -> str:
                 shapes += [text(left + 24 + 30 * t, 216, f"{t + 1}", GREY, font_size=13) for t in range(T)]
             spikes = spike_train(torch.tensor([value]), torch.tensor(1.0), T, code)[:, 0].tolist()
             shapes += train(left, base, spikes, weights(code), value)
+    shapes += [text(24, 216, "timestep", GREY, "start", font_size=13)]
     y = 370
     shapes += [line(24, y - 28, 936, y - 28, arrow=False)]
     legend = (

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from benchmarks import (
     backbone_tables,
     calibration_tables,
+    drawings,
     energy_tables,
     readme,
     speed_tables,
@@ -23,6 +24,7 @@ GENERATORS = (
     calibration_tables,
     training_tables,
     spike_tables,
+    drawings,
 )
 
 
