@@ -16,7 +16,7 @@ OLD_VENV := .venv-transformers4
 RUN := $(VENV)/bin/python
 OLD_RUN := $(OLD_VENV)/bin/python
 
-.PHONY: help demo demo-llm test test-slow test-matrix quality style bench tables docs clean
+.PHONY: help demo demo-llm notebooks test test-slow test-matrix quality style bench tables docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -26,6 +26,9 @@ demo: $(VENV)/.installed ## convert a real BERT on real sentences and run it as 
 
 demo-llm: $(VENV)/.installed-llm ## make a real small Llama spike without training, and let both answer (ARGS="--help" for flags)
 	OMP_WAIT_POLICY=PASSIVE $(RUN) -m training.demo_llm $(ARGS)
+
+notebooks: $(VENV)/.installed-llm ## run the notebooks of examples/ and write their outputs into them (ARGS="FILE" for one)
+	OMP_WAIT_POLICY=PASSIVE $(RUN) examples/execute.py $(ARGS)
 
 test: $(VENV)/.installed ## the default tests: offline, under 3 minutes on two cores
 	$(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)

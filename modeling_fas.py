@@ -159,6 +159,8 @@ class FASMixin(PreTrainedModel):
     def early_exit(self, T: int, schedule: str = "stepwise", **inputs: torch.Tensor) -> torch.Tensor:
         """Logits of the first 1, 2 … T timesteps of one run, `(T, B, …)`; the last are those of T.
 
+        Without a head they are the last hidden states.
+
         Args:
             T (`int`): timesteps, at least 1.
             schedule (`str`, defaults to `"stepwise"`): or `"accumulated"`; layerwise there is nothing to exit from.
@@ -174,7 +176,9 @@ class FASMixin(PreTrainedModel):
         with self.running(T, schedule, every_step=True):
             repeated = {name: value.repeat(T, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
             repeated.pop("labels", None)
-            return self(**repeated, return_dict=True).logits.unflatten(0, (T, -1))
+            outputs = self(**repeated, return_dict=True)
+            found = outputs.logits if "logits" in outputs else outputs.last_hidden_state
+            return found.unflatten(0, (T, -1))
 
     def begin_calibration(self, T: int, granularity: str = "neuron", length: int | None = None):
         """Give every site fine thresholds equal to its threshold and initial potentials of 1/2; returns the model.

@@ -172,6 +172,13 @@ def test_the_report_and_the_card_of_what_was_measured(folders, tmp_path, monkeyp
     model = load(folders, FASBertForSequenceClassification).set_timesteps(2, "layerwise")
     found = fas.evaluate(model, TEXTS, LABELS, **QUIET)
     page = found.report(tmp_path / "report")
+    assert found.plot()._repr_png_().startswith(b"\x89PNG")
+    assert found.plot("energy").axes[0].get_title() == "energy by part"
+    with pytest.raises(ValueError, match=r"`name` must be one of quality, energy, raster, .*, got 'rates'"):
+        found.plot("rates")
+    reads = f"{found['rows'][-1]['energy']['reads_ratio']:.3f}"
+    assert repr(found).splitlines()[0].endswith("| weights read, of ANN |")
+    assert repr(found).splitlines()[-1].endswith(f"| {reads} |")
     assert page.name == "report.html" and (tmp_path / "report" / "results.json").is_file()
     accuracy = f"{found['rows'][-1]['quality']['accuracy']:.4f}"
     assert accuracy in found.card().content

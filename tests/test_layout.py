@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 import backbones
 from backbones import CASES, HEADS, few, named
+from configuration_fas import BACKBONES
 from training import layout
 from training.calibrate import calibration_loss, coarse_search, fold_thresholds
 from training.calibrate.loss import recorded
@@ -30,6 +31,13 @@ def test_products_are_all_linear_layers_of_the_model(case):
 def test_sites_are_all_neurons_of_the_model(case):
     model = backbones.model(*case)
     assert [site.name for site in layout.sites(model)] == [name for name, _ in model.neurons()]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_no_two_sites_have_the_same_label(backbone):
+    model = backbones.model(backbone, "AutoModel", sites="all", activation="stock", L=None)
+    labels = [layout.label(name) for name, _ in model.neurons()]
+    assert len({*labels}) == len(labels) > 6
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)

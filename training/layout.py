@@ -97,7 +97,7 @@ def label(site: str) -> str:
     block = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if block is None:
         return ".".join(parts[-2:])
-    return " ".join([parts[block], ".".join(parts[block + 1 :][-2:])])
+    return " ".join([parts[block], ".".join(parts[block + 1 :])])
 
 
 def predicts_next(model: Any) -> bool:

@@ -56,6 +56,27 @@ class Evaluation(dict):
         """As a results file has it."""
         return results_of(dict(self), self.configuration, self.command, status="complete")
 
+    def plot(self, name: str = "quality") -> Any:
+        """Draw one figure of the report.
+
+        Args:
+            name: `"quality"`, `"energy"`, `"raster"`, `"spike_rate"` or `"spike_rate_histogram"`.
+
+        Returns:
+            A figure of matplotlib, which a notebook shows.
+
+        Raises:
+            ValueError: for a figure that was not measured.
+        """
+        from .plots import figures
+
+        results = {"metrics": self}
+        known = figures(results)
+        if name not in known:
+            raise ValueError(f"`name` must be one of {', '.join(known)}, got {name!r}.")
+        draw, _ = known[name]
+        return draw(results)
+
     def report(self, folder: str | os.PathLike) -> Path:
         """Write `results.json`, `report.html`, `report.md` and the plots into a folder; returns the page's path.
 
@@ -170,8 +191,13 @@ def summary(metrics: Mapping[str, Any]) -> str:
     for row in metrics["rows"]:
         quality = {name: value for name, value in row["quality"].items() if name not in NO_METRIC}
         cells = {"run": run_name(row), **{name.replace("_", " "): value for name, value in quality.items()}}
-        energy = row["energy"]["ratio"] if "energy" in row else None
-        rate = {"agreement": row.get("agreement"), "spike rate": row.get("spike_rate"), "energy, of ANN": energy}
+        energy = row.get("energy", {})
+        rate = {
+            "agreement": row.get("agreement"),
+            "spike rate": row.get("spike_rate"),
+            "energy, of ANN": energy.get("ratio"),
+            "weights read, of ANN": energy.get("reads_ratio"),
+        }
         rows.append(escaped_row({**cells, **{name: value for name, value in rate.items() if name not in cells}}))
     digits = {name: 2 if name == "perplexity" else 3 for row in rows for name in row}
     shown = [

@@ -5,11 +5,11 @@ from io import BytesIO
 from typing import Any
 
 import matplotlib
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..layout import label
 from .evaluation import headline, run_name
+from .figure import Figure
 from .monitors import RATE_BINS
 from .recorder import draw_raster
 

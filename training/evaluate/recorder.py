@@ -191,7 +191,7 @@ def draw_raster(picture: Mapping[str, Any], axes: Any = None) -> Any:
     """Draw what [`SpikeRecorder.picture`] says; returns the axes."""
     T, words, lines = picture["T"], picture["words"], picture["spikes"]
     if axes is None:
-        from matplotlib.figure import Figure
+        from .figure import Figure  # which imports matplotlib
 
         size = (max(5.0, 1.5 + 0.42 * len(words)), max(3.0, 1.6 + 0.09 * len(lines)))
         axes = Figure(figsize=size, layout="constrained").add_subplot()
