@@ -1,4 +1,4 @@
-"""Neurons: signed and unsigned integrate-and-fire, its closed forms, its gradients, its kernels.
+"""Neurons: signed and unsigned integrate-and-fire, its closed forms, its gradients; `kernels_fas.py` has its kernels.
 
 This file travels to the Hub inside every checkpoint, next to `modeling_fas.py`. Shapes: `T` timesteps (leading), `B`
 batch, `S` sequence, `D` neurons. Source of the method: Chen et al. 2025 (arXiv 2502.04405).
@@ -13,10 +13,20 @@ import torch
 from transformers.utils import logging
 
 
+try:
+    from .kernels_fas import (  # type: ignore[import-not-found]
+        differentiate_by_kernel,
+        encode_by_kernel,
+        fire_by_kernel,
+        kernels,
+    )
+except ImportError:
+    from kernels_fas import differentiate_by_kernel, encode_by_kernel, fire_by_kernel, kernels
+
+
 __all__ = ["MIN_THRESHOLD", "encode", "integrate_and_fire", "qcfs", "spike_count", "spike_rate", "spike_train"]
 
 logger = logging.get_logger(__name__)
-tl: Any = None  # triton.language, from the first use of a kernel on
 
 # A threshold below this counts as this much; keeps x / threshold finite in every dtype.
 MIN_THRESHOLD = 1e-4
@@ -70,11 +80,16 @@ def _start(initial_potential: torch.Tensor | None, signed: bool) -> Any:
     return _state(initial_potential).clamp(0, 1) if signed else _state(initial_potential)
 
 
+def _most(T: int, code: str) -> int:
+    """What T steps of a code count to, in units of its least level; of a first spike, the steps."""
+    return 2**T - 1 if code == "phase" else T
+
+
 def _level(z, potential, T: int, signed: bool, code: str, base) -> torch.Tensor:
     """What T steps make of the constant input z, both in units of the threshold: from 0, or -1 if signed, to 1."""
     if code == "first_spike":
         return _first_spike(z, T, signed, base)[1]
-    most = T if code == "rate" else 2**T - 1
+    most = _most(T, code)
     # By a number, PyTorch would divide through its reciprocal on CUDA, which rounds otherwise.
     return _spike_count(z, potential, most, signed).div_(z.new_full((), most))
 
@@ -103,10 +118,8 @@ class _Encode(torch.autograd.Function):
         ctx.settings = T, signed, code
         theta = _state(threshold).clamp(min=MIN_THRESHOLD)
         potential = _start(initial_potential, signed)
-        emitted = torch.empty_like(x)
-        for x_, theta_, potential_, emitted_ in _blocks(x, theta, potential, emitted):
-            emitted_.copy_(_level(_state(x_) / theta_, potential_, T, signed, code, base).mul_(theta_))
-        return emitted
+        encode_ = _encode_by_kernel if _has_kernels(x, signed, code, theta, potential) else _encode
+        return encode_(x, theta, potential, base, T, signed, code)
 
     @staticmethod
     def backward(ctx, grad):
@@ -114,26 +127,13 @@ class _Encode(torch.autograd.Function):
         T, signed, code = ctx.settings
         theta = _state(threshold).clamp(min=MIN_THRESHOLD)
         potential = _start(initial_potential, signed)
-        least = -1 if signed else 0
-        grad_x, grad_theta = torch.empty_like(x), torch.zeros_like(theta)
-        grad_potential = None if potential is None else torch.zeros_like(potential)
-        grad_base = torch.zeros_like(base) if ctx.needs_input_grad[3] else None
-        whole = x, grad, grad_x, theta, grad_theta, potential, grad_potential
-        for x_, grad_, grad_x_, theta_, grad_theta_, potential_, grad_potential_ in _blocks(*whole):
-            z = _state(x_) / theta_
-            inside = z.clamp(least, 1).eq_(z).mul_(grad_)
-            grad_x_.copy_(inside)
-            if ctx.needs_input_grad[1]:
-                level = _level(z, potential_, T, signed, code, base)
-                grad_theta_ += level.mul_(grad_).sub_(z.mul(inside)).sum_to_size(theta_.shape)
-            if ctx.needs_input_grad[2]:
-                grad_potential_ += inside.mul_(theta_ / T).sum_to_size(potential_.shape)
-            if grad_base is not None:
-                index, level = _first_spike(z, T, signed, base)
-                grad_base += ((index - T).clamp(max=0) * level * theta_ * grad_).sum() / base
-        if grad_potential is not None:
-            grad_potential = grad_potential.to(initial_potential.dtype)
-        return grad_x, grad_theta.to(threshold.dtype), grad_potential, grad_base, None, None, None
+        by_kernel = _has_kernels(x, signed, code, theta, potential)
+        differentiate = _differentiate_code_by_kernel if by_kernel else _differentiate_code
+        needs = (*ctx.needs_input_grad[1:3], ctx.needs_input_grad[3] and code == "first_spike")
+        grad_x, *others = differentiate(x, theta, potential, base, T, signed, code, grad, needs)
+        of = threshold, initial_potential, base
+        others = [None if each is None else each.to(its.dtype) for each, its in zip(others, of, strict=True)]
+        return grad_x, *others, None, None, None
 
 
 class _IntegrateAndFire(torch.autograd.Function):
@@ -146,7 +146,7 @@ class _IntegrateAndFire(torch.autograd.Function):
         theta = _state(threshold).clamp(min=MIN_THRESHOLD)
         start = _start(initial_potential, signed) * theta
         emitted = x.new_empty((T, *x.shape[1:]))
-        (_fire_by_kernel if _has_kernels(x) else _fire)(x, theta, start, emitted, signed)
+        (fire_by_kernel if _has_kernels(x, signed, "steps") else _fire)(x, theta, start, emitted, signed)
         return emitted
 
     @staticmethod
@@ -154,11 +154,41 @@ class _IntegrateAndFire(torch.autograd.Function):
         x, threshold, initial_potential = ctx.saved_tensors
         theta = _state(threshold).clamp(min=MIN_THRESHOLD)
         potential = _start(initial_potential, ctx.signed)
-        differentiate = _differentiate_by_kernel if _has_kernels(x) else _differentiate
+        differentiate = differentiate_by_kernel if _has_kernels(x, ctx.signed, "steps") else _differentiate
         grad_x, grad_theta, grad_start = differentiate(x, theta, potential * theta, grad, ctx.signed)
         grad_theta += (grad_start * potential).sum_to_size(theta.shape)
         grad_potential = (grad_start * theta).sum_to_size(potential.shape).to(initial_potential.dtype)
         return grad_x.to(x.dtype), grad_theta.to(threshold.dtype), grad_potential, None, None
+
+
+def _encode(x, theta, potential, base, T, signed, code) -> torch.Tensor:
+    """As [`encode`], of a threshold and a potential in the precision of the state."""
+    emitted = torch.empty_like(x)
+    for x_, theta_, potential_, emitted_ in _blocks(x, theta, potential, emitted):
+        emitted_.copy_(_level(_state(x_) / theta_, potential_, T, signed, code, base).mul_(theta_))
+    return emitted
+
+
+def _differentiate_code(x, theta, potential, base, T, signed, code, grad, needs) -> list[torch.Tensor | None]:
+    """Gradients of the input, and of threshold, potential and base where `needs` says so."""
+    least = -1 if signed else 0
+    grad_x = torch.empty_like(x)
+    of = zip((theta, potential, base), needs, strict=True)
+    grad_theta, grad_potential, grad_base = [torch.zeros_like(each) if need else None for each, need in of]
+    whole = x, grad, grad_x, theta, grad_theta, potential, grad_potential
+    for x_, grad_, grad_x_, theta_, grad_theta_, potential_, grad_potential_ in _blocks(*whole):
+        z = _state(x_) / theta_
+        inside = z.clamp(least, 1).eq_(z).mul_(grad_)
+        grad_x_.copy_(inside)
+        if grad_theta_ is not None:
+            level = _level(z, potential_, T, signed, code, base)
+            grad_theta_ += level.mul_(grad_).sub_(z.mul(inside)).sum_to_size(theta_.shape)
+        if grad_potential_ is not None:
+            grad_potential_ += inside.mul_(theta_ / T).sum_to_size(potential_.shape)
+        if grad_base is not None:
+            index, level = _first_spike(z, T, signed, base)
+            grad_base += ((index - T).clamp(max=0) * level * theta_ * grad_).sum() / base
+    return [grad_x, grad_theta, grad_potential, grad_base]
 
 
 def _fire(x, theta, start, emitted, signed, membrane=None) -> None:
@@ -210,140 +240,68 @@ def _differentiate(x, theta, start, grad, signed) -> tuple[torch.Tensor, torch.T
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same by Triton, which comes with PyTorch for CUDA and is never required
+# The choice between this and the same by Triton
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _fire_kernel(x, theta, start, emitted, size, columns, x_step, T, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """As `_fire`; a program runs all T steps of `BLOCK` of the `columns` neurons that have thresholds of their own."""
-    blocks = (columns + BLOCK - 1) // BLOCK
-    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    at = (tl.program_id(0) // blocks).to(tl.int64) * columns + column
-    inside = column < columns
-    threshold = tl.load(theta + column, mask=inside)
-    v = tl.load(start + column, mask=inside)
-    for _ in range(T):
-        v = (v + tl.load(x + at, mask=inside)).to(threshold.dtype)
-        spikes = tl.where(v >= threshold, threshold, 0.0)
-        if SIGNED:
-            spikes = tl.where(v < 0.0, -threshold, spikes)
-        spikes = tl.where(v == v, spikes, v)  # NaN stays NaN
-        v -= spikes
-        tl.store(emitted + at, spikes, mask=inside)
-        x += x_step
-        emitted += size
+def _encode_by_kernel(x, theta, potential, base, T, signed, code) -> torch.Tensor:
+    return encode_by_kernel(x, theta, potential, _table(theta, base, T, code), _most(T, code), signed)[0]
 
 
-def _differentiate_kernel(
-    x,
-    theta,
-    start,
-    grad,
-    grad_x,
-    grad_theta,
-    grad_start,
-    size,
-    columns,
-    x_step,
-    T,
-    SIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """As `_differentiate`; `grad_x` holds the membrane potentials until the way back fills it."""
-    blocks = (columns + BLOCK - 1) // BLOCK
-    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    at = (tl.program_id(0) // blocks).to(tl.int64) * columns + column
-    inside = column < columns
-    threshold = tl.load(theta + column, mask=inside)
-    v = tl.load(start + column, mask=inside)
-    for _ in range(T):
-        v = (v + tl.load(x + at, mask=inside)).to(threshold.dtype)
-        tl.store(grad_x + at, v, mask=inside)
-        spikes = tl.where(v >= threshold, threshold, 0.0)
-        if SIGNED:
-            spikes = tl.where(v < 0.0, -threshold, spikes)
-        v -= tl.where(v == v, spikes, v)
-        x += x_step
-        grad += size
-        grad_x += size
-    tl.debug_barrier()  # a thread may read back what another one of its program wrote
-    grad_v, grad_here = threshold * 0.0, threshold * 0.0
-    for _ in range(T):
-        grad -= size
-        grad_x -= size
-        v = tl.load(grad_x + at, mask=inside)
-        u = v - threshold
-        grad_emitted = (tl.load(grad + at, mask=inside) - grad_v).to(threshold.dtype)
-        upper = tl.where(tl.abs(u) > 1.0, 0.0, 1.0 - tl.abs(u)) * grad_emitted * threshold
-        grad_here += tl.where(v >= threshold, grad_emitted, 0.0) - upper
-        grad_v += upper
-        if SIGNED:
-            grad_here -= tl.where(v < 0.0, grad_emitted, 0.0)
-            grad_v += tl.where(tl.abs(v) > 1.0, 0.0, 1.0 - tl.abs(v)) * grad_emitted * threshold
-        tl.store(grad_x + at, grad_v, mask=inside)
-    tl.store(grad_theta + at, grad_here, mask=inside)
-    tl.store(grad_start + at, grad_v, mask=inside)
+def _differentiate_code_by_kernel(x, theta, potential, base, T, signed, code, grad, needs) -> list[Any]:
+    made = encode_by_kernel(x, theta, potential, _table(theta, base, T, code), _most(T, code), signed, grad, needs)
+    grad_x, *others = made
+    of = theta, potential, base
+    others = [None if each is None else each.sum_to_size(its.shape) for each, its in zip(others, of, strict=True)]
+    return [grad_x, *others[:2], None if others[2] is None else others[2] / base]
 
 
-def _has_kernels(x: torch.Tensor) -> bool:
-    """Whether Triton runs the neuron: on CUDA, outside `torch.compile`, which fuses the plain loop by itself."""
-    return x.is_cuda and not torch.compiler.is_compiling() and x.numel() > 0 and bool(_kernels(x.device, x.dtype))
+def _table(theta, base, T: int, code: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return first_spike_levels(T, base, theta) if code == "first_spike" else (None, None)
+
+
+def _has_kernels(x: torch.Tensor, signed: bool, code: str, *state: torch.Tensor | None) -> bool:
+    """Whether Triton runs the neuron: on CUDA, outside `torch.compile`, which fuses the plain form by itself."""
+    if not x.is_cuda or torch.compiler.is_compiling() or x.numel() == 0:
+        return False
+    precision = torch.promote_types(x.dtype, torch.float32)
+    fits = all(each is None or each.dtype == precision for each in state)
+    return fits and _agree(x.device, x.dtype, signed, code)
 
 
 @functools.cache
-def _kernels(device: torch.device, dtype: torch.dtype) -> tuple:
-    """The two kernels; none where Triton is missing or does not run."""
-    global tl
+def _agree(device: torch.device, dtype: torch.dtype, signed: bool, code: str) -> bool:
+    """Whether Triton is there, runs, and gives on a trial input what a code's plain form, or the loop, gives."""
+    if not kernels():
+        return False
+    # Ties between levels, what is beside them or beyond the range, and NaN.
+    theta = _state(torch.linspace(0.3, 1.7, 16, device=device, dtype=dtype))[:, None]
+    x = (torch.arange(-200, 201, device=device) / 168 * theta).to(dtype)
+    spoilt = x.clone()
+    spoilt[0, 0] = torch.nan
+    equal: list[Any] = []
+    close: list[Any] = []
     try:
-        import triton
-        from triton import language as tl
-    except ImportError:
-        return ()
-    kernels = triton.jit(_fire_kernel), triton.jit(_differentiate_kernel)
-    x = torch.linspace(-1, 2, 64, device=device, dtype=dtype)[None]
-    theta = torch.ones(64, device=device, dtype=_state(x).dtype)
-    emitted, expected = x.new_empty((2, 4, 64))
-    _fire(x, theta, theta / 2, expected, True)
-    try:
-        with torch.cuda.device_of(x):
-            kernels[0][1,](x, theta, theta / 2, emitted, 64, 64, 0, 4, SIGNED=True, BLOCK=64)
-        agree = torch.equal(emitted, expected)
+        if code == "steps":
+            emitted, expected = x.new_empty((2, 3, *x.shape))
+            _fire(spoilt[None], theta, theta / 2, expected, signed)
+            fire_by_kernel(spoilt[None], theta, theta / 2, emitted, signed)
+            equal.append((emitted, expected))
+        for potential in {"steps": (), "rate": (None, theta / 2)}.get(code, (None,)):
+            neuron = theta, potential, theta.new_tensor(2.0), 3, signed, code
+            equal.append((_encode_by_kernel(spoilt, *neuron), _encode(spoilt, *neuron)))
+            gradients = x, (True, potential is not None, code == "first_spike")
+            found = _differentiate_code_by_kernel(x, *neuron, *gradients)
+            close += zip(found, _differentiate_code(x, *neuron, *gradients), strict=True)
+        agree = all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in equal)
+        agree &= all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in close if a is not None)
     except Exception:
-        # An old GPU, no C compiler, no place for a cache: the plain loop needs none of them.
+        # An old GPU, no C compiler, no place for a cache: the plain form needs none of them.
         logger.warning("Triton is installed but does not run: the neurons do without, slower.", exc_info=True)
-        return ()
+        return False
     if not agree:
-        logger.warning("Triton's spikes are not those of the plain loop on this GPU: the neurons do without, slower.")
-        return ()
-    return kernels
-
-
-def _launch(kernel: int, T: int, signed: bool, x, theta, start, *tensors) -> None:
-    """Run a kernel on all rows of neurons, between which thresholds do not differ."""
-    theta, start = theta.expand(x.shape[1:]), start.expand(x.shape[1:])
-    while theta.dim() > 1 and theta.stride(0) == start.stride(0) == 0:
-        theta, start = theta[0], start[0]
-    size, columns = x[0].numel(), theta.numel()
-    block = min(1024, 1 << (columns - 1).bit_length())
-    grid = (size // columns * -(-columns // block),)
-    tensors = tuple(each.contiguous() for each in (x, theta, start, *tensors))
-    with torch.cuda.device_of(x):
-        _kernels(x.device, x.dtype)[kernel][grid](
-            *tensors, size, columns, size * (len(x) > 1), T, SIGNED=signed, BLOCK=block
-        )
-
-
-def _fire_by_kernel(x, theta, start, emitted, signed) -> None:
-    _launch(0, len(emitted), signed, x, theta, start, emitted)
-
-
-def _differentiate_by_kernel(x, theta, start, grad, signed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_x = theta.new_empty(grad.shape)
-    grad_theta, grad_start = theta.new_empty((2, *x.shape[1:]))
-    _launch(1, len(grad), signed, x, theta, start, grad, grad_x, grad_theta, grad_start)
-    if len(x) == 1:
-        grad_x = grad_x.sum(0, keepdim=True)
-    return grad_x, grad_theta.sum_to_size(theta.shape), grad_start.sum_to_size(start.shape)
+        logger.warning("Triton's spikes are not those of the plain form on this GPU: the neurons do without, slower.")
+    return agree
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Everything else stays at home: optimiser states, pickled arguments, logs, checkpoints of the run.
 PUBLISHED = re.compile(
-    r"config\.json|generation_config\.json|(configuration|modeling|neurons|sites)_fas\.py"
+    r"config\.json|generation_config\.json|(configuration|kernels|modeling|neurons|sites)_fas\.py"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|\w+\.model|chat_template\.jinja"
