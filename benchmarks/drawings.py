@@ -192,13 +192,14 @@ def level(x: float, y: float, share: float, height: float = 28) -> str:
     return empty + rect(x - 5, y + height * (0.5 - share), 10, height * share, GREY, GREY)
 
 
-def weights(code: str) -> list[float]:
-    """What a spike at each step is worth, of a threshold of 1."""
+def sent(value: float, code: str) -> tuple[list[float], list[float]]:
+    """The spikes of a value, and what one at each step is worth, of a threshold of 1."""
+    spikes = spike_train(torch.tensor([value]), torch.tensor(1.0), T, code)[:, 0].tolist()
     if code == "rate":
-        return [1 / T] * T
+        return spikes, [1 / T] * T
     if code == "phase":
-        return [2 ** (T - t) / (2**T - 1) for t in range(1, T + 1)]
-    return first_spike_levels(T, 2**0.5, torch.ones(1))[0].flip(0).tolist()[:T]
+        return spikes, [2 ** (T - t) / (2**T - 1) for t in range(1, T + 1)]
+    return spikes, first_spike_levels(T, 2**0.5, torch.ones(1))[0].flip(0).tolist()[:T]
 
 
 def codes() -> str:
@@ -212,8 +213,7 @@ def codes() -> str:
                 shapes += [heading(left, 36, f'"{code}"', "")]
                 shapes += [text(left, 60, words, GREY, "start", font_size=14)]
                 shapes += [text(left + 24 + 30 * t, 216, f"{t + 1}", GREY, font_size=13) for t in range(T)]
-            spikes = spike_train(torch.tensor([value]), torch.tensor(1.0), T, code)[:, 0].tolist()
-            shapes += train(left, base, spikes, weights(code), value)
+            shapes += train(left, base, *sent(value, code), value)
     shapes += [text(24, 216, "timestep", GREY, "start", font_size=13)]
     y = 370
     shapes += [line(24, y - 28, 936, y - 28, arrow=False)]

@@ -1,10 +1,12 @@
 """Generated parts of documents: written between their marks, and found when they are out of date."""
 
 import pytest
+import torch
 
-from benchmarks import pages
+from benchmarks import drawings, pages
 from benchmarks.pages import Part, command, update
 from benchmarks.readme import spread
+from neurons_fas import encode
 
 
 def test_parts_are_written_once_and_checked_after(tmp_path, monkeypatch, capsys):
@@ -45,3 +47,11 @@ def test_several_runs_of_the_demo_are_told_as_mean_and_range():
     assert (told["T"], told["schedule"]) == (2, "stepwise") and "energy_ratio" not in told
     with pytest.raises(ValueError, match="must be of one step"):
         spread([row, row | {"step": "gelu"}])
+
+
+@pytest.mark.parametrize("code", drawings.CODES)
+@pytest.mark.parametrize("value", drawings.VALUES)
+def test_the_drawn_spikes_add_up_to_what_a_neuron_emits(code, value):
+    spikes, worth = drawings.sent(value, code)
+    emitted = encode(torch.tensor([value]), torch.ones(1), drawings.T, code).item()
+    assert sum(spike * weight for spike, weight in zip(spikes, worth, strict=True)) == pytest.approx(emitted, abs=1e-6)
