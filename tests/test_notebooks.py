@@ -56,6 +56,8 @@ def faults(cells: list[dict]) -> list[str]:
             found.append(f"cell {i} ends in an error")
         if private := PRIVATE.search(text):
             found.append(f"cell {i} shows {private.group()!r}")
+        if any("image/png" not in output.get("data", {}) for output in cell["outputs"]) and "<Figure" in text:
+            found.append(f"cell {i} names a figure and does not show it")
         if re.search(r"Warning|Traceback", text):
             found.append(f"cell {i} shows a warning")
         if "".join(cell["source"]).count("\n") >= MOST_LINES:
@@ -73,7 +75,6 @@ def test_the_docs_list_them_and_it_is_known_what_they_need():
 def test_what_is_committed_was_run_and_shows_nothing_private(path):
     assert faults(code_cells(path)) == []
     assert path.stat().st_size < MOST_BYTES
-    assert any("image/png" in output.get("data", {}) for cell in code_cells(path) for output in cell["outputs"])
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,10 @@ def test_what_is_committed_was_run_and_shows_nothing_private(path):
         ({"outputs": [{"output_type": "display_data", "data": {"text/plain": "C:\\x"}}]}, "cell 1 shows 'C:\\\\'"),
         ({"outputs": [{"output_type": "stream", "text": ["hf_abcdefghij"]}]}, "cell 1 shows 'hf_abcdefgh'"),
         ({"outputs": [{"output_type": "stream", "text": ["x.py:3: UserWarning: y"]}]}, "cell 1 shows a warning"),
+        (
+            {"outputs": [{"output_type": "execute_result", "data": {"text/plain": ["<Figure size 6"]}}]},
+            "cell 1 names a figure and does not show it",
+        ),
         ({"source": ["x\n"] * 13}, "cell 1 is longer than 12 lines"),
     ],
 )
