@@ -93,8 +93,11 @@ def test_outputs_have_the_shapes_of_the_stock_model(case):
             [each.shape for each in spiking[name]] if isinstance(value, tuple) else getattr(spiking[name], "shape", 0)
         )
         assert shapes is None or ours == shapes, name
-    plain = model(**inputs, return_dict=False)
+    plain = model(**inputs, **asked, return_dict=False)
     assert torch.equal(plain[0], next(iter(spiking.values())))
+    for given, named_so in zip(plain, spiking.values(), strict=True):
+        if isinstance(named_so, tuple):
+            assert [each.shape for each in given] == [each.shape for each in named_so]
 
 
 @pytest.mark.parametrize("case", few(CASES), ids=named)
