@@ -30,7 +30,7 @@ demo-llm: $(VENV)/.installed-llm ## make a real small Llama spike without traini
 notebooks: $(VENV)/.installed-llm ## run the notebooks of examples/ and write their outputs into them (ARGS="FILE" for one)
 	OMP_WAIT_POLICY=PASSIVE $(RUN) examples/execute.py $(ARGS)
 
-test: $(VENV)/.installed ## the default tests: offline, about 3 minutes on two cores
+test: $(VENV)/.installed ## the default tests: offline, under 4 minutes on two cores
 	$(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.installed ## the tests marked slow
