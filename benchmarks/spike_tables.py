@@ -64,9 +64,8 @@ def chosen() -> list[dict[str, Any]]:
     for name, title in MODELS.items():
         record = read_results(RESULTS / "spike_driven" / f"{name}.json")
         stock, *rows = record["metrics"]
-        settings = record["configuration"]
         table += [
-            {"model, data": title, "n": f"{settings['windows']} × {settings['length']} tokens", "code": code_of(row)}
+            {"model, data": title, "code": code_of(row)}
             | {"T": row["T"], "perplexity, stock": stock["perplexity"], "spiking": row["perplexity"]}
             | {"over stock": row["over_stock"], "energy": row["energy"], "reads": row["reads"]}
             for row in rows
@@ -76,10 +75,9 @@ def chosen() -> list[dict[str, Any]]:
 
 
 def in_short() -> str:
-    return (
-        markdown_table(chosen(), digits=2)
-        + "\n\nOne seed of calibration text; the conversion itself has no chance in it."
-    )
+    settings = [read_results(RESULTS / "spike_driven" / f"{name}.json")["configuration"] for name in MODELS]
+    windows = ", ".join(f"{each['windows']} windows of {each['length']} tokens" for each in settings)
+    return f"{markdown_table(chosen(), digits=2)}\n\n{windows}; one calibration text."
 
 
 def rotation() -> str:
