@@ -8,6 +8,7 @@ from torch._inductor import config as inductor
 from transformers import CompileConfig
 
 import tiny
+from neurons_fas import encode
 
 
 pytestmark = pytest.mark.slow
@@ -40,6 +41,17 @@ def test_a_new_length_compiles_once(kind, schedule):
 def test_a_new_number_of_timesteps_compiles_once(schedule):
     graphs = graphs_compiled("gpt2", [(T, length) for T in (1, 2, 4, 2, 4) for length in (8, 16)], schedule)
     assert graphs == [1, 2, 3, 3, 4, 4, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("code", ["rate", "phase", "first_spike"])
+def test_a_code_compiles_whole(code):
+    torch._dynamo.reset()
+    compiled = torch.compile(encode, fullgraph=True, backend="eager")
+    x, threshold = torch.randn(3, 5, requires_grad=True), torch.full((5,), 0.7, requires_grad=True)
+    ours, plain = (function(x, threshold, 4, code) for function in (compiled, encode))
+    assert torch.equal(ours, plain)
+    for mine, theirs in zip(*(torch.autograd.grad(y.sum(), (x, threshold)) for y in (ours, plain)), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("T, schedule", [(4, "stepwise"), (4, "layerwise")])
