@@ -1,6 +1,7 @@
 """The Triton kernels against the plain forms: on the CPU by Triton's interpreter, compiled where there is a GPU."""
 
 import functools
+import math
 import re
 import sys
 import types
@@ -238,8 +239,11 @@ def test_codes_by_kernel_at_exact_ties(T, code, signed, launched, monkeypatch):
 @pytest.mark.parametrize("parameters", ROWS)
 def test_rates_by_kernel_from_any_potential(parameters, signed, launched, monkeypatch):
     x, threshold, _ = code_inputs((B, S, D), ROWS[parameters])
+    x = 3 * x.detach()
+    x[0] = -0.3 * threshold.detach().expand(x.shape)[0]
+    x.requires_grad_()
     for shape in (ROWS[parameters], (D,)):
-        potential = (4 * torch.rand(shape, generator=torch.Generator().manual_seed(2)) - 1.5).requires_grad_()
+        potential = torch.linspace(-1.5, 2.5, math.prod(shape)).view(shape).requires_grad_()
         function = functools.partial(spike_rate, T=6, signed=signed)
         assert_equal_to_the_plain_form(function, [x, threshold, potential], monkeypatch)
     assert launched == CODE * 2
