@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 import backbones
 from training.evaluate import SpikeMonitor, count_operations
@@ -135,10 +136,14 @@ def test_what_nir_cannot_express_is_refused():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("settings", [PHASE, PHASE | {"code": "rate", "schedule": "stepwise"}], ids=["phase", "rate"])
-def test_neurobench_counts_what_we_count_in_one_call(settings):
+@pytest.mark.parametrize("case", CASES)
+def test_neurobench_counts_what_we_count_in_one_call(case, settings):
     pytest.importorskip("neurobench.metrics.workload.synaptic_operations", exc_type=ImportError)
-    model = backbones.model("bert", "AutoModelForSequenceClassification", **settings)
-    rows = backbones.batch("bert", "AutoModelForSequenceClassification")["input_ids"]
+    model = backbones.model(*case, **settings)
+    with torch.no_grad():
+        layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+        layers[0].bias[0] = 0  # a zero weight would be no operation to NeuroBench
+    rows = backbones.batch(*case)["input_ids"]
     batches = [{"input_ids": row[None]} for row in rows]
     before = [model(**batch).logits for batch in batches]
     found = neurobench_metrics(model, batches)
@@ -148,8 +153,11 @@ def test_neurobench_counts_what_we_count_in_one_call(settings):
             model(**batch)
     T, schedule = model.config.T, model.config.schedule
     counted = count_operations(model, 9, execution=schedule, T=T, spike_rates=monitor.spike_rates())
-    layers = [each for each in counted if each.part not in ("scores", "values", "neurons")]
-    assert found["effective_acs"] == pytest.approx(9 * sum(each.effective_acs for each in layers), rel=1e-6)
+    products = [each for each in counted if each.part not in ("scores", "values", "neurons")]
+    assert found["effective_acs"] == pytest.approx(9 * sum(each.effective_acs for each in products), rel=1e-6)
+    numbers = [each for layer in layers for each in (layer.weight, layer.bias) if each is not None]
+    zeros = sum(int((each == 0).sum()) for each in numbers) / sum(each.numel() for each in numbers)
+    assert found["connection_sparsity"] == pytest.approx(zeros, abs=1e-4) and zeros > 0
     assert found["parameter_count"] == sum(each.numel() for each in model.parameters())
 
 

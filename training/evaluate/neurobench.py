@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import sites_fas
 
@@ -26,7 +27,7 @@ class SpikeBySpike(nn.Module):
 
     def __init__(self, layer: nn.Linear, neuron: Any):
         super().__init__()
-        self.layer, self.encode = layer, neuron.forward
+        self.layer, self.encode = _bare(layer), neuron.forward
         self.neuron = [neuron]
         before = {key: hook for key, hook in layer._forward_pre_hooks.items() if hook is not sites_fas._emit_input}
         self._forward_pre_hooks.update(before)
@@ -46,6 +47,14 @@ class SpikeBySpike(nn.Module):
         return total if bias is None else total + bias
 
 
+def _bare(layer: Any) -> nn.Linear:
+    """A layer of the same weights as NeuroBench knows them: `nn.Linear`, with nothing inside."""
+    weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T  # a Conv1D of transformers
+    bare = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
+    bare.weight, bare.bias = nn.Parameter(weight), layer.bias
+    return bare
+
+
 def step_weights(code: str, T: int, base: float) -> list[float]:
     """What the spike of each step is worth, of a threshold."""
     if code == "phase":
@@ -59,11 +68,15 @@ def spike_by_spike(model: Any) -> Any:
         if placed.site.at != "input":
             continue
         for target in placed.targets:
-            name = next(name for name, module in model.named_modules() if module is target)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, SpikeBySpike(target, placed.neuron))
+            model.set_submodule(_name_of(model, target), SpikeBySpike(target, placed.neuron))
         placed.neuron.forward = lambda hidden_states: hidden_states
+    for layer in [module for module in model.modules() if isinstance(module, Conv1D)]:
+        model.set_submodule(_name_of(model, layer), _bare(layer))
     return model
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 @torch.no_grad()
@@ -92,13 +105,13 @@ def neurobench_metrics(model: Any, batches: Sequence[Mapping[str, torch.Tensor]]
     if not len(batches):
         raise ValueError("`batches` must hold at least one, got none.")
     wrapped = _wrapped(core)
-    static = {"footprint": Footprint(), "connection_sparsity": ConnectionSparsity()}
-    static |= {"parameter_count": ParameterCount()}
-    found = {name: float(metric(wrapped)) for name, metric in static.items()}
+    found = {"footprint": float(Footprint()(wrapped)), "parameter_count": float(ParameterCount()(wrapped))}
     folded = copy.deepcopy(core).eval()
     if not folded.config.folded:
         fold_thresholds(folded)
-    counted = synaptic_operations(spike_by_spike(folded), batches)
+    spike_by_spike(folded)
+    found["connection_sparsity"] = float(ConnectionSparsity()(_wrapped(folded)))
+    counted = synaptic_operations(folded, batches)
     names = {"effective_macs": "Effective_MACs", "effective_acs": "Effective_ACs", "dense": "Dense"}
     return found | {name: float(counted[theirs]) for name, theirs in names.items()}
 
