@@ -27,7 +27,6 @@ def parts() -> Iterator[Part]:
     yield Part(SHORT, "training-free", in_short())
     yield Part(SHORT, "distilled", markdown_table(distilled_in_short(), digits=2))
     yield Part(SHORT, "accumulated", markdown_table([row for row in accumulated_rows() if row["T"] == 4]))
-    yield Part(PAGE, "conversion", conversion())
     yield Part(PAGE, "rotation", rotation())
     yield Part(PAGE, "neurobench", neurobench())
 
@@ -79,21 +78,6 @@ def in_short() -> str:
     settings = [read_results(RESULTS / "spike_driven" / f"{name}.json")["configuration"] for name in MODELS]
     windows = ", ".join(f"{each['windows']} windows of {each['length']} tokens" for each in settings)
     return f"{markdown_table(chosen(), digits=2)}\n\n{windows}; one calibration text."
-
-
-def conversion() -> str:
-    record = read_results(RESULTS / "conversion_cost.json")
-    table = [
-        {
-            "code": code_of(row),
-            "T": row["T"],
-            "seconds": row["seconds"],
-            "memory over weights": row["memory_over_weights"],
-        }
-        for row in record["metrics"]
-    ]
-    about = f"Median of {record['configuration']['rounds']} processes. {source(record)}"
-    return "\n\n".join([markdown_table(table, digits=2), wrapped(about)])
 
 
 def rotation() -> str:
