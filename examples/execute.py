@@ -36,7 +36,7 @@ def execute(path: Path, folder: Path) -> Any:
         nbclient.exceptions.CellExecutionError: for a cell that fails.
     """
     shutil.copytree(HERE / "data", folder / "data")
-    if os.environ.get("SMOLLM2"):
+    if os.environ.get("SMOLLM2") and "smollm2(" in path.read_text(encoding="utf-8"):
         (folder / SMOLLM2).parent.mkdir(exist_ok=True)
         (folder / SMOLLM2).symlink_to(Path(os.environ["SMOLLM2"]).resolve())
     notebook = nbformat.read(path, as_version=4)
