@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..results import write_json
 from . import files, verification
 from .card import CardOptions, build_card, inherited_options
-from .code import describe
+from .code import SIBLINGS, describe
 from .files import VerificationError
 from .records import Sources, read_sources
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Everything else stays at home: optimiser states, pickled arguments, logs, checkpoints of the run.
 PUBLISHED = re.compile(
-    r"config\.json|generation_config\.json|(configuration|kernels|modeling|neurons|sites)_fas\.py"
+    rf"config\.json|generation_config\.json|({'|'.join(sorted(SIBLINGS))})\.py"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|\w+\.model|chat_template\.jinja"
