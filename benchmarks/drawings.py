@@ -9,11 +9,12 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.pages import Part, command
-from neurons_fas import first_spike_levels, spike_train
+from neurons_fas import spike_train
+from training.evaluate.neurobench import step_weights
 
 
 INK, GREY, FAINT, PALE, SPIKE, WARM = "#24292f", "#6e7781", "#c4ccd4", "#eaeef2", "#d9480f", "#ffe8d9"
-T, SCALE = 4, 80
+T, BASE, SCALE = 4, 2**0.5, 80
 CODES = {
     "rate": "every step weighs 1/T",
     "phase": "a step weighs half of the one before",
@@ -194,12 +195,8 @@ def level(x: float, y: float, share: float, height: float = 28) -> str:
 
 def sent(value: float, code: str) -> tuple[list[float], list[float]]:
     """The spikes of a value, and what one at each step is worth, of a threshold of 1."""
-    spikes = spike_train(torch.tensor([value]), torch.tensor(1.0), T, code)[:, 0].tolist()
-    if code == "rate":
-        return spikes, [1 / T] * T
-    if code == "phase":
-        return spikes, [2 ** (T - t) / (2**T - 1) for t in range(1, T + 1)]
-    return spikes, first_spike_levels(T, 2**0.5, torch.ones(1))[0].flip(0).tolist()[:T]
+    spikes = spike_train(torch.tensor([value]), torch.tensor(1.0), T, code, BASE)[:, 0].tolist()
+    return spikes, step_weights(code, T, BASE)
 
 
 def codes() -> str:

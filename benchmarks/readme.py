@@ -14,6 +14,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.pages import RESULTS, Part, command, source, wrapped
+from benchmarks.spike_tables import MODELS, longest
 from training.results import flat, markdown_table, read_results
 
 
@@ -41,16 +42,14 @@ def parts() -> Iterator[Part]:
 def results() -> list[dict[str, Any]]:
     """A row for each model, code and training that a newcomer should see first."""
     table = [*sst2()]
-    for name, model in {"prose": "gpt2-prose-mini, prose", "smollm2": "SmolLM2-135M, WikiText-103"}.items():
+    for name, model in MODELS.items():
         record = read_results(RESULTS / "spike_driven" / f"{name}.json")
         stock, *rows = record["metrics"]
         found = {(row["code"], row["T"]): row for row in rows if row["sites"] == "all"}
         table += [line(model, found[key], stock["perplexity"], found[key]["perplexity"]) for key in SHOWN[name]]
     record = read_results(RESULTS / "distillation_smollm2.json")
     stock = next(row for row in record["metrics"] if row["kind"] == "stock")
-    taught = [row for row in record["metrics"] if row["kind"] == "distilled"]
-    longest = {row["code"]: row for row in sorted(taught, key=lambda row: row["steps"])}
-    return table + [line(model, row, stock["perplexity"], row["perplexity"]) for row in longest.values()]
+    return table + [line(model, row, stock["perplexity"], row["perplexity"]) for row in longest(record["metrics"])]
 
 
 def sst2() -> Iterator[dict[str, Any]]:

@@ -97,7 +97,7 @@ def distilled() -> str:
     tables = []
     record = read_results(RESULTS / "distillation.json")
     table = [
-        {"model": "gpt2-prose-mini, prose", "code": code_of(row), "T": row["T"], "steps": row["steps"]}
+        {"model": MODELS["prose"], "code": code_of(row), "T": row["T"], "steps": row["steps"]}
         | {"before": row["before_over_stock"], "after": row["after_over_stock"]}
         | {"spikes an input": row["after"]["spikes"], "energy": row["after"]["energy"], "reads": row["after"]["reads"]}
         for row in longest(record["metrics"])
@@ -108,7 +108,7 @@ def distilled() -> str:
     record = read_results(RESULTS / "distillation_smollm2.json")
     before = {row["code"]: row["over_stock"] for row in record["metrics"] if row["kind"] == "converted"}
     table = [
-        {"model": "SmolLM2-135M, WikiText-103", "code": code_of(row), "T": row["T"], "steps": row["steps"]}
+        {"model": MODELS["smollm2"], "code": code_of(row), "T": row["T"], "steps": row["steps"]}
         | {"before": before[row["code"]], "after": row["over_stock"]}
         | {"spikes an input": row["spikes"], "energy": row["energy"], "reads": row["reads"]}
         for row in record["metrics"]
