@@ -9,8 +9,9 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 import backbones
+from training.calibrate import fold_thresholds
 from training.evaluate import SpikeMonitor, count_operations
-from training.evaluate.neurobench import neurobench_metrics
+from training.evaluate.neurobench import neurobench_metrics, spike_by_spike
 from training.export import mlp_to_nir
 
 
@@ -132,6 +133,17 @@ def test_what_nir_cannot_express_is_refused():
         mlp_to_nir(backbones.model("gpt2", "AutoModelForCausalLM", **PHASE))
     with pytest.raises(ValueError, match="`layer` must be from 0 to 2, got 3"):
         mlp_to_nir(backbones.model("gpt2", "AutoModelForCausalLM", T=4), 3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_spike_by_spike_every_layer_is_linear_with_nothing_inside(case):
+    model, inputs = backbones.model(*case, **PHASE), backbones.batch(*case)
+    fold_thresholds(model)
+    before = model(**inputs).logits
+    spike_by_spike(model)
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    assert all(type(layer) is torch.nn.Linear and not list(layer.children()) for layer in layers)
+    torch.testing.assert_close(model(**inputs).logits, before, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
