@@ -33,7 +33,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"code": "phase", "T": 5},
     {"code": "first_spike", "T": 16, "code_base": 1.2},
 ]
-RATES = ((1e-5, 5e-4), (3e-5, 1e-3))  # of weights and of thresholds
+RATES = ((1e-5, 5e-4), (3e-5, 1e-3), (1e-4, 3e-3))  # of weights and of thresholds
 TRIED_STEPS = 12
 COMMIT = commit()  # of the code that runs, which may be edited meanwhile
 
