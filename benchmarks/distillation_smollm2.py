@@ -36,7 +36,7 @@ SETTINGS: list[dict[str, Any]] = [
 # Of weights and of thresholds. With (1e-4, 3e-3) 12 steps are better than with any of these; later the loss explodes.
 RATES = {
     "phase": ((1e-5, 5e-4), (3e-5, 1e-3), (5e-5, 1e-4), (1e-4, 1e-4)),
-    "first_spike": ((5e-5, 1e-4), (1e-4, 1e-4)),
+    "first_spike": ((5e-5, 1e-4),),
 }
 TRIED_STEPS = 12
 COMMIT = commit()  # of the code that runs, which may be edited meanwhile
