@@ -81,10 +81,31 @@ def interleave(
     }
 
 
-def ratio(times: Mapping, name: str | int, base: str | int) -> float:
-    """Median of the ratios of the rounds: what disturbed a round disturbed both of its parts."""
+def gathered(samples: Mapping[Any, list[float]], size: int) -> dict[Any, dict]:
+    """Seconds of single tokens as `interleave` gives times: `size` tokens make a round, the first round is left out."""
+    rounds = {name: [sum(each[i : i + size]) for i in range(size, len(each), size)] for name, each in samples.items()}
+    return {
+        name: {"median": statistics.median(each), "samples": [{"seconds": seconds} for seconds in each]}
+        for name, each in rounds.items()
+    }
+
+
+def ratios(times: Mapping, name: Any, base: Any) -> list[float]:
+    """Of the rounds: what disturbed a round disturbed both of its parts."""
     pairs = zip(times[name]["samples"], times[base]["samples"], strict=True)
-    return statistics.median(each["seconds"] / other["seconds"] for each, other in pairs)
+    return [each["seconds"] / other["seconds"] for each, other in pairs]
+
+
+def ratio(times: Mapping, name: Any, base: Any) -> float:
+    """Median of the ratios of the rounds."""
+    return statistics.median(ratios(times, name, base))
+
+
+def compared(measure: str, target: float | None, times: Mapping, name: Any, base: Any) -> dict[str, Any]:
+    """A row for `report`: the median of the ratios of the rounds, and their spread from smallest to largest."""
+    found = ratios(times, name, base)
+    spread = [min(found), max(found)]
+    return {"measure": measure, "target": target, "got": statistics.median(found), "spread": spread}
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:
@@ -117,10 +138,11 @@ def results_name(name: str, args: argparse.Namespace) -> str:
 
 
 def report(name: str, rows: list[dict], args: argparse.Namespace, **more) -> None:
-    """Print one line per measure and write them all as `<name>.json`; a row holds measure, target and got."""
+    """Print one line per measure and write them all as `<name>.json`; a row holds measure, target, got, and spread."""
     for row in rows:
+        spread = f" [{row['spread'][0]:.3f}, {row['spread'][1]:.3f}]" if row.get("spread") else ""
         target = "" if row["target"] is None else f"  (target <= {row['target']})"
-        print(f"{row['measure']}: {row['got']:.3f}{target}")
+        print(f"{row['measure']}: {row['got']:.3f}{spread}{target}", flush=True)
     configuration = {key: value for key, value in vars(args).items() if key != "output"}
     clock = "process CPU time" if args.device == "cpu" else "wall"
     path = args.output / f"{results_name(name, args)}.json"

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.common import arguments, fas, interleave, ratio, report, stock, token_ids
+from benchmarks.common import arguments, compared, fas, interleave, report, stock, token_ids
 
 
 TITLES = {"gpt2": "GPT-2 small", "bert": "BERT-base"}
@@ -24,7 +24,7 @@ def main() -> None:
             functions = {"stock": partial(plain, ids), "layerwise": partial(model, ids)}
             times = interleave(functions, args, warmup=0)
             measure = f"{title}, batch {batch}, T = {T}, layerwise over stock: time"
-            rows.append({"measure": measure, "target": 1.10, "got": ratio(times, "layerwise", "stock")})
+            rows.append(compared(measure, 1.10, times, "layerwise", "stock"))
             samples[f"{kind}, batch {batch}"] = times
     report("layerwise", rows, args, samples=samples)
 

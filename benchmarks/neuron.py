@@ -3,7 +3,7 @@
 import torch
 
 import neurons_fas
-from benchmarks.common import arguments, interleave, peak_bytes, ratio, report
+from benchmarks.common import arguments, compared, interleave, peak_bytes, report
 from tests import naive
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     times = interleave(functions, args, warmup=0)
     case = f"Neuron {SHAPE}, forward and backward, over the plain loop"
     rows = [
-        {"measure": f"{case}: time", "target": 0.5, "got": ratio(times, "ours", "loop")},
+        compared(f"{case}: time", 0.5, times, "ours", "loop"),
         {"measure": f"{case}: peak memory", "target": None, "got": peaks["ours"] / peaks["loop"]},
     ]
     report("neuron", rows, args, samples={"times": times, "peak_bytes": peaks})

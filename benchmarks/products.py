@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.common import arguments, interleave, ratio, report
+from benchmarks.common import arguments, compared, interleave, report
 
 
 SHAPES = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
@@ -43,7 +43,7 @@ def main() -> None:
         times = samples[f"{inner} × {outer}"] = interleave(functions, args)
         for name in layouts:
             measure = f"Product with a {inner} × {outer} weight, {name}, {ROWS} rows over one: time"
-            rows.append({"measure": measure, "target": None, "got": ratio(times, name, "one row")})
+            rows.append(compared(measure, None, times, name, "one row"))
         medians = {name: statistics.median(run["seconds"] for run in each["samples"]) for name, each in times.items()}
         one += medians.pop("one row")
         best += min(medians.values())

@@ -42,6 +42,7 @@ def tables() -> str:
         record = read_results(path)
         rows = [
             {"measure": row["measure"], "target": row["target"] and f"≤ {row['target']:.2f}", "got": row["got"]}
+            | ({"spread": "{:.3f} to {:.3f}".format(*row["spread"])} if row.get("spread") else {})
             | ({} if row["target"] is None else {"met": "yes" if row["got"] <= row["target"] else "**no**"})
             for row in record["metrics"]
         ]
@@ -49,7 +50,7 @@ def tables() -> str:
         made = source(record, settings["dtype"], f"{settings['rounds']} rounds", settings["clock"])
         parts += [
             f"### `{path.stem}`",
-            markdown_table(rows, columns=["measure", "target", "got", "met"], digits=3),
+            markdown_table(rows, columns=["measure", "target", "got", "spread", "met"], digits=3),
             f"`{record['command']}`, {made}",
         ]
     return "\n\n".join(parts)

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.common import arguments, fas, interleave, peak_bytes, ratio, report, stock, token_ids, weight_bytes
+from benchmarks.common import arguments, compared, fas, interleave, peak_bytes, report, stock, token_ids, weight_bytes
 from tests import naive
 
 
@@ -35,12 +35,11 @@ def main() -> None:
             times = interleave(functions, args, warmup=0)
             case = f"GPT-2 small, batch {batch}, T = {T}, stepwise over"
             whole = (peaks["stepwise"] + weights) / (peaks["naive"] + weights)
-            over_stock = ratio(times, "stepwise", "stock")
             rows += [
-                {"measure": f"{case} naive: time", "target": TIME_TARGET[T], "got": ratio(times, "stepwise", "naive")},
+                compared(f"{case} naive: time", TIME_TARGET[T], times, "stepwise", "naive"),
                 {"measure": f"{case} naive: peak memory", "target": 0.8, "got": peaks["stepwise"] / peaks["naive"]},
                 {"measure": f"{case} naive: peak memory with the weights", "target": None, "got": whole},
-                {"measure": f"{case} stock: time", "target": None, "got": over_stock},
+                compared(f"{case} stock: time", None, times, "stepwise", "stock"),
             ]
             samples[T] = {"times": times, "peak_bytes": peaks}
         report(f"stepwise_batch{batch}", rows, args, samples=samples)

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.common import arguments, fas, interleave, peak_bytes, ratio, report, stock, token_ids
+from benchmarks.common import arguments, compared, fas, interleave, peak_bytes, report, stock, token_ids
 from benchmarks.layerwise import TITLES
 
 
@@ -25,7 +25,7 @@ def main() -> None:
             times = interleave(functions, args, warmup=0)
             case = f"{title}, batch {batch}, training step, QCFS over GELU"
             rows += [
-                {"measure": f"{case}: time", "target": 1.10, "got": ratio(times, "qcfs", "gelu")},
+                compared(f"{case}: time", 1.10, times, "qcfs", "gelu"),
                 {"measure": f"{case}: peak memory", "target": 1.05, "got": peaks["qcfs"] / peaks["gelu"]},
             ]
             samples[f"{kind}, batch {batch}"] = {"times": times, "peak_bytes": peaks}

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from benchmarks import drawings, pages
+from benchmarks import drawings, pages, speed_tables
+from benchmarks.common import compared, gathered
 from benchmarks.pages import Part, command, update
 from benchmarks.readme import spread
 from neurons_fas import encode
+from training.results import write_results
 
 
 def test_parts_are_written_once_and_checked_after(tmp_path, monkeypatch, capsys):
@@ -55,3 +57,23 @@ def test_the_drawn_spikes_add_up_to_what_a_neuron_emits(code, value):
     spikes, worth = drawings.sent(value, code)
     emitted = encode(torch.tensor([value]), torch.ones(1), drawings.T, code).item()
     assert sum(spike * weight for spike, weight in zip(spikes, worth, strict=True)) == pytest.approx(emitted, abs=1e-6)
+
+
+def test_a_measure_has_the_spread_of_its_rounds():
+    seconds = {"ours": [9, 2, 2, 3, 5, 9, 3], "stock": [1, 2, 2, 2, 2, 2, 2]}
+    times = gathered(seconds, 2)
+    assert times["ours"] == {"median": 5, "samples": [{"seconds": 5}, {"seconds": 14}, {"seconds": 3}]}
+    row = compared("time", 1.1, times, "ours", "stock")
+    assert row == {"measure": "time", "target": 1.1, "got": 1.5, "spread": [1.25, 3.5]}
+
+
+def test_tables_of_speed_show_a_dash_where_an_older_file_has_no_spread(tmp_path, monkeypatch):
+    rows = [{"measure": "new", "target": 1.1, "got": 1.5, "spread": [1.25, 3.5]}]
+    rows += [{"measure": "old", "target": 1.1, "got": 1.0}]
+    configuration = {"dtype": "float32", "rounds": 3, "clock": "wall"}
+    write_results(tmp_path / "speed" / "some.json", metrics=rows, configuration=configuration)
+    monkeypatch.setattr(speed_tables, "RESULTS", tmp_path)
+    assert speed_tables.tables().splitlines()[4:6] == [
+        "| new | ≤ 1.10 | 1.500 | 1.250 to 3.500 | **no** |",
+        "| old | ≤ 1.10 | 1.000 | – | yes |",
+    ]
