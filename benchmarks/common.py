@@ -82,7 +82,7 @@ def interleave(
 
 
 def gathered(samples: Mapping[Any, list[float]], size: int) -> dict[Any, dict]:
-    """Seconds of single tokens as `interleave` gives times: `size` tokens make a round, the first round is left out."""
+    """Seconds of single tokens as `interleave` gives times: `size` tokens a round, without the first round."""
     rounds = {name: [sum(each[i : i + size]) for i in range(size, len(each), size)] for name, each in samples.items()}
     return {
         name: {"median": statistics.median(each), "samples": [{"seconds": seconds} for seconds in each]}
