@@ -4,7 +4,18 @@ import os
 import runpy
 
 
-SCRIPTS = ("neuron", "products", "layerwise", "decoding", "training_step", "stepwise", "scaling")
+SCRIPTS = (
+    "neuron",
+    "products",
+    "layerwise",
+    "decoding",
+    "training_step",
+    "stepwise",
+    "accumulated_speed",
+    "spike_driven_speed",
+    "distillation_step",
+    "scaling",
+)
 
 
 def main() -> None:
