@@ -34,7 +34,7 @@ OUTPUT = Path(__file__).parent / "results" / "distillation.json"
 MODEL = SHARED / "models" / "gpt2-prose-mini"
 TRAIN, JUDGED = (SHARED / "data" / "prose" / f"{split}.parquet" for split in ("train", "validation"))
 LENGTH, BATCH, ENERGY_LENGTH = 128, 8, 256
-CALIBRATION = 6  # windows
+CALIBRATION = 24  # windows
 HELD_OUT = 48
 SETTINGS: list[dict[str, Any]] = [
     {"code": "phase", "T": 3},
