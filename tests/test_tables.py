@@ -7,6 +7,7 @@ from benchmarks import drawings, pages, speed_tables
 from benchmarks.common import compared, gathered
 from benchmarks.pages import Part, command, update
 from benchmarks.readme import spread
+from benchmarks.scaling import fit
 from neurons_fas import encode
 from training.results import write_results
 
@@ -77,3 +78,11 @@ def test_tables_of_speed_show_a_dash_where_an_older_file_has_no_spread(tmp_path,
         "| new | ≤ 1.10 | 1.500 | 1.250 to 3.500 | **no** |",
         "| old | ≤ 1.10 | 1.000 | – | yes |",
     ]
+
+
+def test_a_fit_finds_its_terms_and_says_what_it_leaves():
+    sizes = (1, 2, 4, 8)
+    terms, residual = fit(sizes, [3 * size**2 + 5 * size - 2 for size in sizes], (0, 1, 2))
+    assert terms == pytest.approx({0: -2, 1: 5, 2: 3}) and residual < 1e-6
+    _, residual = fit(sizes, [size**2 for size in sizes], (0, 1))
+    assert residual > 0.2
