@@ -104,7 +104,7 @@ def growth(fits: list[dict[str, Any]]) -> str:
         row = {"over": f"{fit['over']}, {fit['sizes'][0]} to {largest}", "of": fit["of"]}
         for power, seconds in fit["terms_seconds"].items():
             base = stock.get(fit["over"], {}).get(power, 0) if fit["of"] != "stock" else 0
-            over = f" ({seconds / base:.1f})" if base > 0 else ""
+            over = f" ({seconds / base:.1f})" if min(base, seconds) > 0 else ""
             row[TERMS[int(power)]] = f"{1000 * seconds * largest ** int(power):.1f}{over}"
         rows.append(row | {"largest residual": f"{100 * fit['residual']:.1f} %"})
     return markdown_table(rows, columns=["over", "of", *TERMS, "largest residual"])
