@@ -69,7 +69,7 @@ def main() -> None:
                 peaks = {kind: peak_bytes(function, args.device) for kind, function in functions.items()}
                 whole = {"plain": kept + peaks["plain"]}
                 whole["distillation"] = kept + weight_bytes(teacher) + peaks["distillation"]
-                times = interleave(functions, args)
+                times = interleave(functions, args, warmup=0)
             case = f"GPT-2 small, batch {batch}, {name}, step of distillation over a plain one"
             memory = whole["distillation"] / whole["plain"]
             alone = peaks["distillation"] / peaks["plain"]

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import time
 
 
 SCRIPTS = (
@@ -20,8 +21,12 @@ SCRIPTS = (
 
 def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before torch is imported
+    begin = time.perf_counter()
     for script in SCRIPTS:
+        start = time.perf_counter()
         runpy.run_module(f"benchmarks.{script}", run_name="__main__", alter_sys=True)
+        now = time.perf_counter()
+        print(f"{script}: {now - start:.0f} s, {(now - begin) / 60:.1f} min in all", flush=True)
 
     from benchmarks import pages, speed_tables
 

@@ -119,7 +119,7 @@ def plot(lines: Mapping[str, Mapping[str, Any]], path: Any) -> None:
 
 @torch.inference_mode()
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0])
+    args = arguments(__doc__.splitlines()[0], rounds=2)
     samples, rows, lines, fits = {}, [], {}, []
     times = over_timesteps(args)
     samples["timesteps"] = {" ".join(map(str, key)) if key != "stock" else key: each for key, each in times.items()}
