@@ -96,11 +96,6 @@ def ratios(times: Mapping, name: Any, base: Any) -> list[float]:
     return [each["seconds"] / other["seconds"] for each, other in pairs]
 
 
-def ratio(times: Mapping, name: Any, base: Any) -> float:
-    """Median of the ratios of the rounds."""
-    return statistics.median(ratios(times, name, base))
-
-
 def compared(measure: str, target: float | None, times: Mapping, name: Any, base: Any) -> dict[str, Any]:
     """A row for `report`: the median of the ratios of the rounds, and their spread from smallest to largest."""
     found = ratios(times, name, base)
