@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 try:
     from .configuration_fas import BACKBONES, CONFIGURATIONS, __version__, running  # type: ignore[import-not-found]
+    from .events_fas import receive_events  # type: ignore[import-not-found]
     from .neurons_fas import MIN_THRESHOLD  # type: ignore[import-not-found]
     from .sites_fas import (  # type: ignore[import-not-found]
         FASNeuron,
@@ -31,6 +32,7 @@ try:
         carry_time,
         check_range,
         checkpoint_call,
+        fed_layers,
         forget_positions,
         place_sites,
         state,
@@ -38,6 +40,7 @@ try:
     )
 except ImportError:
     from configuration_fas import BACKBONES, CONFIGURATIONS, __version__, running
+    from events_fas import receive_events
     from neurons_fas import MIN_THRESHOLD
     from sites_fas import (
         FASNeuron,
@@ -46,6 +49,7 @@ except ImportError:
         carry_time,
         check_range,
         checkpoint_call,
+        fed_layers,
         forget_positions,
         place_sites,
         state,
@@ -227,6 +231,17 @@ class FASMixin(PreTrainedModel):
             for neuron, (refined, threshold, potential) in zip(neurons, fine, strict=True):
                 neuron.refined, neuron.fine_threshold, neuron.initial_potential = refined, threshold, potential
             raise
+        return self
+
+    def read_events(self):
+        """Let every linear layer that spikes feed read the weights of the neurons that fire only; returns the model.
+
+        This pays in decoding on a CPU where few neurons fire, and happens only there: after ReLU or GELU, not after a
+        gate. GPT-2's layers do it as they are; others then keep a transposed copy of their weight, made at first use,
+        and made again where the weight has changed since.
+        """
+        for layer in fed_layers(self):
+            receive_events(layer)
         return self
 
     @torch.no_grad()

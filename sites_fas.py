@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, Cache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
 try:
     from .configuration_fas import Site, here, mode, positions_of, running  # type: ignore[import-not-found]
+    from .events_fas import receive_events  # type: ignore[import-not-found]
     from .neurons_fas import (  # type: ignore[import-not-found]
         MIN_THRESHOLD,
         encode,
@@ -28,6 +30,7 @@ try:
     )
 except ImportError:
     from configuration_fas import Site, here, mode, positions_of, running
+    from events_fas import receive_events
     from neurons_fas import MIN_THRESHOLD, encode, integrate_and_fire, spike_count, spike_rate, spike_train
 
 
@@ -192,10 +195,24 @@ def place_sites(model: Any) -> None:
             if find(parent, site.path) is not None:
                 _place(model, parent, site)
                 break
+    for layer in fed_layers(model):
+        if isinstance(layer, Conv1D):  # others need a copy of their weight: `read_events`
+            receive_events(layer)
     for module in model.modules():
         # transformers asks every pretrained part of a model to initialise what is below it.
         if isinstance(module, PreTrainedModel) and module is not model:
             vars(module)["_init_weights"] = functools.partial(_init_weights, module._init_weights)
+
+
+def fed_layers(model: Any) -> Iterator[Any]:
+    """The linear layers that take what a site emits."""
+    inner, outer = model.config.placed
+    blocks = trunk(model).get_submodule(model.config.table.blocks)
+    for parent, sites in (*((block, inner) for block in blocks), (model, outer), (model.base_model, outer)):
+        for path in (path for site in sites for path in site.targets):
+            layer = find(parent, path)
+            if hasattr(layer, "weight"):
+                yield layer
 
 
 def _place(model: Any, parent: Any, site: Site) -> None:

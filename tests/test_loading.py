@@ -125,6 +125,7 @@ def test_auto_classes_load_what_was_saved(kind, granularity, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} >= {
         "config.json",
         "configuration_fas.py",
+        "events_fas.py",
         "kernels_fas.py",
         "modeling_fas.py",
         "neurons_fas.py",

@@ -21,6 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Triton comes with PyTorch for CUDA and is asked for on first use only: tests/test_triton.py runs without it.
 HUB_FILES = {
     "configuration_fas.py": {"transformers"},
+    "events_fas.py": {"torch", "transformers"},
     "kernels_fas.py": {"torch", "triton"},
     "neurons_fas.py": {"transformers", "torch"},
     "sites_fas.py": {"transformers", "torch"},

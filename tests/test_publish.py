@@ -74,6 +74,7 @@ def test_stages_what_a_checkpoint_needs_and_nothing_else(folder):
         "config.json",
         "configuration_fas.py",
         "evaluation.json",
+        "events_fas.py",
         "kernels_fas.py",
         "model.safetensors",
         "modeling_fas.py",

@@ -40,7 +40,7 @@ if snapshot == "True":
     folder = huggingface_hub.snapshot_download(folder, revision=revision)
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=True)
 assert tokenizer("the cat sat")["input_ids"], "no tokens"
-siblings = {"configuration_fas", "kernels_fas", "modeling_fas", "neurons_fas", "sites_fas"}
+siblings = {"configuration_fas", "events_fas", "kernels_fas", "modeling_fas", "neurons_fas", "sites_fas"}
 assert not (siblings | {"training"}) & sys.modules.keys()
 ids = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 mask = torch.ones_like(ids); mask[1, 7:] = 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 # `python -m training.publish .` in a checkpoint folder would run the code files of that folder instead.
-for _name in ("configuration_fas", "kernels_fas", "modeling_fas", "neurons_fas", "sites_fas"):
+for _name in ("configuration_fas", "events_fas", "kernels_fas", "modeling_fas", "neurons_fas", "sites_fas"):
     _spec = find_spec(_name)
     if _spec is not None and Path(_spec.origin or "").resolve().parent != Path(__file__).resolve().parents[1]:
         raise ImportError(

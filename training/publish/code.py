@@ -19,7 +19,7 @@ from configuration_fas import __version__
 logger = logging.getLogger(__name__)
 
 CODE_FILES = ("configuration_fas.py", "modeling_fas.py")
-LATER_CODE_FILES = ("kernels_fas.py", "neurons_fas.py", "sites_fas.py")  # since 0.2.0
+LATER_CODE_FILES = ("events_fas.py", "kernels_fas.py", "neurons_fas.py", "sites_fas.py")  # since 0.2.0
 SIBLINGS = {name.removesuffix(".py") for name in (*CODE_FILES, *LATER_CODE_FILES)}
 # SHA-256 of the code files of every final release: written by tests/freeze.py when the next one is frozen.
 RELEASED = Path(__file__).with_name("released.json")
