@@ -32,7 +32,7 @@ class EventConv1D(Conv1D):
 class EventLinear(nn.Linear):
     """A linear layer that keeps its weight transposed too, from the first time that this pays."""
 
-    transposed: torch.Tensor | None = None
+    transposed: Any = None
     made_from: tuple[int, int] | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
