@@ -2,32 +2,30 @@
 
     python -m benchmarks.events
 
-Each is timed over 24 layers with weights of their own, as in decoding, so that none stays in a core's cache: dense as
-stored, dense with the weight's transpose in memory, event-driven whatever fires, and as the model chooses.
+Each is timed over 24 layers with weights of their own, as in decoding, so that none stays in a core's cache: the stock
+layer, event-driven whatever fires, and as a model chooses.
 """
 
 from functools import partial
+from unittest import mock
 
 import matplotlib
 import torch
+from transformers.pytorch_utils import Conv1D
 
 import events_fas
-from benchmarks.common import arguments, interleave, ratio, report, results_name
-from events_fas import EventLinear
+from benchmarks.common import arguments, compared, interleave, report, results_name
+from events_fas import MOST_FIRED, receive_events
 
 
-SHAPES = {(3072, 768): "GPT-2 small", (1536, 576): "SmolLM2"}
-ROWS, SHARES = (1, 2, 4, 8), (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+# Kind of layer, neurons, outputs.
+SHAPES = {
+    "GPT-2 small, 3072 × 768": (lambda neurons, outputs: Conv1D(outputs, neurons), 3072, 768),
+    "linear, 1536 × 576": (torch.nn.Linear, 1536, 576),
+}
+ROWS, SHARES = (1, 2, 4, 8), (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 LAYERS = 24
-WORST = 1.03  # over dense, of what the model chooses
-
-
-def layers_of(neurons: int, outputs: int) -> dict[str, list]:
-    stored = [torch.nn.Linear(neurons, outputs) for _ in range(LAYERS)]
-    transposed = [EventLinear(neurons, outputs) for _ in range(LAYERS)]
-    for layer in transposed:
-        layer.weight.data = layer.weight.data.t().contiguous().t()
-    return {"dense": stored, "transposed": transposed}
+WORST = 1.03  # over the stock layer, of what a model chooses
 
 
 def run(layers: list, inputs: list[torch.Tensor]) -> None:
@@ -35,32 +33,25 @@ def run(layers: list, inputs: list[torch.Tensor]) -> None:
         layer(x)
 
 
-def unlimited(function) -> None:
-    """Event-driven whatever fires."""
-    chosen, events_fas.most_read = events_fas.most_read, lambda rows: rows
-    try:
+def whatever_fires(function) -> None:
+    with mock.patch.dict(events_fas.MOST_FIRED, {rows: rows for rows in MOST_FIRED}):
         function()
-    finally:
-        events_fas.most_read = chosen
 
 
-def dense(layers: list, inputs: list[torch.Tensor]) -> None:
-    for layer, x in zip(layers, inputs, strict=True):
-        torch.nn.functional.linear(x, layer.weight, layer.bias)
-
-
-def plot(found: dict, path) -> None:
+def plot(points: list[dict], path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(SHAPES), figsize=(9, 3.5), sharey=True)
-    for axis, (shape, whose) in zip(axes, SHAPES.items(), strict=True):
-        for rows, color in zip(ROWS, ("C0", "C1", "C2", "C3"), strict=True):
-            axis.plot(SHARES, [found[shape, rows, share][0] for share in SHARES], "o-", ms=3, color=color, label=rows)
+    for axis, name in zip(axes, SHAPES, strict=True):
+        for index, rows in enumerate(ROWS):
+            found = [each["events"] for each in points if each["layer"] == name and each["rows"] == rows]
+            axis.plot(SHARES, found, "o-", ms=3, color=f"C{index}", label=str(rows))
+            axis.axvline(MOST_FIRED[rows] / rows, color=f"C{index}", lw=0.8, ls="--")
         axis.axhline(1, ls=":", color="grey")
-        axis.set(xlabel="share of neurons that fire", title=f"{whose}, {shape[0]} × {shape[1]}", ylim=(0, 2))
-    axes[0].set_ylabel("event-driven over dense")
-    axes[0].legend(title="rows", frameon=False)
+        axis.set(xlabel="share of neurons that fire", title=name, ylim=(0, 2))
+    axes[0].set_ylabel("time over the dense product")
+    axes[0].legend(title="rows; dashed: chosen up to", ncols=4, frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -69,36 +60,36 @@ def plot(found: dict, path) -> None:
 @torch.no_grad()
 def main() -> None:
     args = arguments(__doc__, rounds=9)
-    rows_, samples, found = [], {}, {}
-    for shape, whose in SHAPES.items():
-        made = layers_of(*shape)
+    measures, points = [], []
+    for name, (make, neurons, outputs) in SHAPES.items():
+        stock, spiking = ([make(neurons, outputs) for _ in range(LAYERS)] for _ in range(2))
+        for layer in spiking:
+            receive_events(layer)
         for rows in ROWS:
+            chosen = []
             for share in SHARES:
-                inputs = [torch.randn(rows, shape[0]) * (torch.rand(rows, shape[0]) < share) for _ in range(LAYERS)]
-                events = partial(run, made["transposed"], inputs)
-                times = interleave(
-                    {
-                        "dense": partial(run, made["dense"], inputs),
-                        "transposed": partial(dense, made["transposed"], inputs),
-                        "events": partial(unlimited, events),
-                        "chosen": events,
-                    },
-                    args,
+                inputs = [torch.randn(rows, neurons) * (torch.rand(rows, neurons) < share) for _ in range(LAYERS)]
+                events = partial(run, spiking, inputs)
+                functions = {
+                    "dense": partial(run, stock, inputs),
+                    "events": partial(whatever_fires, events),
+                    "chosen": events,
+                }
+                times = interleave(functions, args)
+                case = f"{name}, {rows} rows, {share:.0%} fire"
+                always = compared(f"{case}: event-driven over dense", None, times, "events", "dense")
+                chosen.append(compared(f"{case}: as chosen over dense", WORST, times, "chosen", "dense"))
+                points.append(
+                    {"layer": name, "rows": rows, "share": share}
+                    | {"events": always["got"], "chosen": chosen[-1]["got"], "spread": always["spread"]}
                 )
-                got = [ratio(times, name, "dense") for name in ("events", "chosen", "transposed")]
-                found[shape, rows, share] = got
-                print(whose, rows, share, *(f"{each:.3f}" for each in got), flush=True)
-                samples[f"{whose}, {rows} rows, {share:.0%}"] = times
-    rows_ = [
-        {"measure": f"{whose}, {rows} rows, {share:.0%} fire, {what} over dense", "target": target, "got": got}
-        for (shape, rows, share), values in found.items()
-        for whose in (SHAPES[shape],)
-        for what, target, got in zip(
-            ("event-driven", "chosen", "dense, transposed"), (None, WORST, None), values, strict=True
-        )
-    ]
-    report("events", rows_, args, samples=samples)
-    plot(found, args.output / f"{results_name('events', args)}.png")
+                print(points[-1], flush=True)
+                if share == 0.05:
+                    measures.append(always)
+            worst = max(chosen, key=lambda row: row["got"])
+            measures.append(worst | {"measure": f"{worst['measure']}, the worst of {len(SHARES)} shares"})
+    report("events", measures, args, points=points)
+    plot(points, args.output / f"{results_name('events', args)}.png")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 SCRIPTS = (
     "neuron",
     "products",
+    "events",
     "layerwise",
     "decoding",
     "training_step",

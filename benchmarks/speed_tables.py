@@ -23,8 +23,14 @@ SHORT = (
     ("accumulated, T = 4, GPT-2, 128 tokens", "stepwise", "accumulated", "forward, 128 tokens: time"),
     (f"{SMOLLM2}, phase, 256 tokens", "stock", "spike_driven", "phase, T = 5, over stock, forward, 256 tokens: time"),
     ("the same, first spike", "stock", "spike_driven", "first spike, T = 16, over stock, forward, 256 tokens: time"),
-    ("decoding a token, layerwise, T = 4", "stock", "decoding", "per token: layerwise over stock"),
-    ("decoding a token, stepwise, T = 4", "stock", "decoding", "per token: stepwise over stock"),
+    (
+        "decoding a token, GPT-2, layerwise, T = 4, 5 % of neurons fire",
+        "stock",
+        "decoding",
+        "layerwise, 5% of neurons fire: a token over stock",
+    ),
+    ("the same, stepwise", "stock", "decoding", "stepwise, 5% of neurons fire: a token over stock"),
+    ("the same, random weights", "stock", "decoding", "stepwise, random weights: a token over stock"),
     ("the same, both compiled", "stock", "decoding_compiled", "per token: stepwise compiled over stock compiled"),
     (
         f"decoding a token, {SMOLLM2}, phase",
