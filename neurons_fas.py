@@ -7,6 +7,7 @@ batch, `S` sequence, `D` neurons. Source of the method: Chen et al. 2025 (arXiv 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ logger = logging.get_logger(__name__)
 MIN_THRESHOLD = 1e-4
 # Neurons whose state a CPU core keeps in its cache while it runs their timesteps.
 BLOCK_SIZE = 1 << 17
+# Inputs from which on the level of a first spike is reckoned, not searched.
+SEARCHED = 1 << 13
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,16 +100,50 @@ def _level(z, potential, T: int, signed: bool, code: str, base) -> torch.Tensor:
 def _first_spike(z, T: int, signed: bool, base) -> tuple[torch.Tensor, torch.Tensor]:
     """Steps left when a neuron fires, that one included (0: never), and the level `± base^(1 - step)`."""
     levels, between = first_spike_levels(T, base, z)
-    index = torch.bucketize(z.abs() if signed else z.clamp(min=0), between, right=True)
-    level = levels[index]
-    return index, torch.where(z.isnan(), z, level * z.sign() if signed else level)
+    size = z.abs() if signed else z.clamp(min=0)
+    if torch.compiler.is_compiling():  # into one pass
+        index, level = torch.zeros_like(size, dtype=torch.int32), torch.zeros_like(size)
+        for reached, higher in zip(between, levels[1:], strict=True):
+            index, level = index + (size >= reached), torch.where(size >= reached, higher, level)
+        return index, torch.where(z.isnan(), z, level.copysign(z) if signed else level)
+    if z.numel() < SEARCHED or z.device.type != "cpu" or float(base) < 1.01:
+        index = torch.bucketize(size, between, right=True)
+    else:
+        index = _reached(size, between, float(base))
+    level = levels.index_select(0, index.flatten()).view(z.shape)
+    return index, torch.where(z.isnan(), z, level.copysign_(z) if signed else level)
+
+
+def _reached(size: torch.Tensor, between: torch.Tensor, base: float) -> torch.Tensor:
+    """`torch.bucketize(size, between, right=True)` of a first spike, from logarithms, hence faster for many.
+
+    All but the first of `between` are powers of the base, times a constant. The logarithm, less what rounding may add,
+    is the answer or one less; a comparison says which.
+    """
+    steps, scale = len(between), 1 / math.log(base)
+    margin = 1e-3 + scale * math.log((1 + 1 / base) / 2)
+    index = size.log().mul_(scale).add_(steps - margin).floor_().clamp_(0, steps).nan_to_num_(steps).int()
+    further = torch.cat([between, between.new_full((1,), torch.nan)])  # nothing is further than the last
+    return index.add_(size >= further.index_select(0, index.flatten()).view(size.shape))
 
 
 def first_spike_levels(T: int, base, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The levels of a first spike, ascending from 0, `(T + 1,)`, and the inputs from which on each is emitted."""
-    steps = torch.arange(T - 1, -1, -1, device=like.device, dtype=like.dtype)
-    levels = torch.cat([like.new_zeros(1), torch.as_tensor(base, device=like.device, dtype=like.dtype) ** -steps])
+    if isinstance(base, float) and type(like) is torch.Tensor and not torch.compiler.is_compiling():
+        return _kept_levels(T, base, like.dtype, like.device)
+    return _levels(T, base, like.dtype, like.device)
+
+
+def _levels(T: int, base, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    steps = torch.arange(T - 1, -1, -1, device=device, dtype=dtype)
+    levels = torch.cat([steps.new_zeros(1), torch.as_tensor(base, device=device, dtype=dtype) ** -steps])
     return levels, (levels[1:] + levels[:-1]) / 2
+
+
+@functools.cache
+def _kept_levels(T: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False):
+        return _levels(T, base, dtype, device)
 
 
 class _Encode(torch.autograd.Function):
@@ -116,10 +153,7 @@ class _Encode(torch.autograd.Function):
     def forward(ctx, x, threshold, initial_potential, base, T, signed, code):
         ctx.save_for_backward(x, threshold, initial_potential, base)
         ctx.settings = T, signed, code
-        theta = _state(threshold).clamp(min=MIN_THRESHOLD)
-        potential = _start(initial_potential, signed)
-        encode_ = _encode_by_kernel if _has_kernels(x, signed, code, theta, potential) else _encode
-        return encode_(x, theta, potential, base, T, signed, code)
+        return _emit(x, threshold, initial_potential, base, T, signed, code)
 
     @staticmethod
     def backward(ctx, grad):
@@ -161,8 +195,25 @@ class _IntegrateAndFire(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_theta.to(threshold.dtype), grad_potential, None, None
 
 
+def _emit(x, threshold, initial_potential, base, T, signed, code) -> torch.Tensor:
+    """What `_Encode` computes forward."""
+    theta = _state(threshold).clamp(min=MIN_THRESHOLD)
+    potential = _start(initial_potential, signed)
+    encode_ = _encode_by_kernel if _has_kernels(x, signed, code, theta, potential) else _encode
+    return encode_(x, theta, potential, base, T, signed, code)
+
+
+def _emit_or_learn(x, threshold, initial_potential, base, T, signed, code) -> torch.Tensor:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        base = None if base is None else torch.as_tensor(base, dtype=_state(x).dtype, device=x.device)
+        return _Encode.apply(x, threshold, initial_potential, base, T, signed, code)
+    return _emit(x, threshold, initial_potential, base, T, signed, code)
+
+
 def _encode(x, theta, potential, base, T, signed, code) -> torch.Tensor:
     """As [`encode`], of a threshold and a potential in the precision of the state."""
+    if x.numel() <= BLOCK_SIZE:
+        return _level(_state(x) / theta, potential, T, signed, code, base).mul_(theta).to(x.dtype)
     emitted = torch.empty_like(x)
     for x_, theta_, potential_, emitted_ in _blocks(x, theta, potential, emitted):
         emitted_.copy_(_level(_state(x_) / theta_, potential_, T, signed, code, base).mul_(theta_))
@@ -326,7 +377,7 @@ def qcfs(x: torch.Tensor, threshold: torch.Tensor, L: int, signed: bool = False)
 
     Source: Bu et al. 2022 (arXiv 2303.04347), Eq. 8, with shift 1/2.
     """
-    return _Encode.apply(x, threshold, None, None, L, signed, "rate")
+    return _emit_or_learn(x, threshold, None, None, L, signed, "rate")
 
 
 def spike_rate(
@@ -347,7 +398,7 @@ def spike_rate(
     Returns:
         `torch.Tensor`: shape and dtype of `x`.
     """
-    return _Encode.apply(x, threshold, initial_potential, None, T, signed, "rate")
+    return _emit_or_learn(x, threshold, initial_potential, None, T, signed, "rate")
 
 
 def encode(
@@ -376,8 +427,7 @@ def encode(
     Returns:
         `torch.Tensor`: shape and dtype of `x`.
     """
-    base = torch.as_tensor(base, dtype=_state(x).dtype, device=x.device)
-    return _Encode.apply(x, threshold, None, base, T, signed, code)
+    return _emit_or_learn(x, threshold, None, base, T, signed, code)
 
 
 def spike_count(emitted: torch.Tensor, threshold: torch.Tensor, T: int, code: str) -> torch.Tensor:

@@ -101,10 +101,11 @@ class FASNeuron(nn.Module):
 
     def thresholds(self, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Threshold and initial potential (`None`: 1/2), `(1,)`, `(D,)`, `(S, D)` or `(B, S, D)`, for S columns."""
-        if self.fine_threshold is None or self.T == 0:
+        fine = self._parameters["fine_threshold"]
+        if fine is None or self.T == 0:
             return self.threshold, None
-        if self.fine_threshold.dim() < 2:
-            return self.fine_threshold, self.initial_potential
+        if fine.dim() < 2:
+            return fine, self.initial_potential
         rows = getattr(here, "positions", None)
         rows = slice(0, length) if rows is None else rows
         reached = rows.stop if isinstance(rows, slice) else int(rows.max()) + 1
@@ -157,21 +158,23 @@ class FASNeuron(nn.Module):
     def _running(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Threshold and initial potential for an input; the threshold is `(B, S, D)` where it goes by token."""
         threshold, potential = self.thresholds(hidden_states.shape[-2])
-        if self.gain is None:
+        gain = self._parameters["gain"]
+        if gain is None:
             return threshold, potential
-        largest = (hidden_states.detach() / threshold.detach().clamp(min=MIN_THRESHOLD)).abs().amax(-1, keepdim=True)
-        return threshold * self.gain * largest.to(threshold.dtype), potential
+        largest = (hidden_states.detach() / threshold.detach().clamp(min=MIN_THRESHOLD)).abs_().amax(-1, keepdim=True)
+        return threshold * gain * largest.to(threshold.dtype), potential
 
     def _emit(self, hidden_states: torch.Tensor, threshold: torch.Tensor, potential: Any) -> torch.Tensor:
-        if self.T == 0 and self.L is None:
+        (T, schedule), code = mode(self.config), self.config.code
+        if T == 0 and self.L is None:
             return hidden_states
-        if self.stepwise:
+        if T > 0 and schedule != "layerwise" and not self.after_time:
             potential = torch.full_like(threshold, 0.5) if potential is None else potential
-            steps = hidden_states.unflatten(0, (self.T, -1))
-            return integrate_and_fire(steps, threshold, potential, self.T, self.signed).flatten(0, 1)
-        if self.T == 0 or self.code == "rate":
-            return spike_rate(hidden_states, threshold, potential, self.T or self.L, self.signed)
-        return encode(hidden_states, threshold, self.T, self.code, self.code_base, self.signed)
+            steps = hidden_states.unflatten(0, (T, -1))
+            return integrate_and_fire(steps, threshold, potential, T, self.signed).flatten(0, 1)
+        if T == 0 or code == "rate":
+            return spike_rate(hidden_states, threshold, potential, T or self.L, self.signed)
+        return encode(hidden_states, threshold, T, code, self.code_base, self.signed)
 
     def extra_repr(self) -> str:
         fine = "" if self.fine_threshold is None else f", fine={tuple(self.fine_threshold.shape)}"

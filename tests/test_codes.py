@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neurons_fas import encode, qcfs, spike_count, spike_train
+import neurons_fas
+from neurons_fas import encode, first_spike_levels, qcfs, spike_count, spike_train
 
 
 CODES = ["rate", "phase", "first_spike"]
@@ -80,6 +81,44 @@ def test_a_first_spike_is_the_nearest_power_of_the_base(base, T):
     emitted = encode(x, theta, T, "first_spike", base)
     nearest = (x.clamp(-1.3, 1.3)[:, None] - levels).abs().amin(1)
     torch.testing.assert_close((x.clamp(-1.3, 1.3) - emitted).abs(), nearest, atol=3e-7, rtol=0)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("base", [1.01, 1.02, 1.2, 2**0.5, 2.0, 8.0])
+def test_a_first_spike_by_logarithm_or_compiled_is_that_by_search(base, dtype, signed, monkeypatch):
+    """At every tie, beside it, at the ends of the numbers, and between."""
+    for T in (1, 2, 3, 16, 31, 32):
+        levels, between = first_spike_levels(T, base, torch.zeros((), dtype=dtype))
+        z = torch.cat([between, levels, torch.logspace(-9, 2, 500, dtype=dtype)])
+        z = torch.cat([z, z.nextafter(z * 2), z.nextafter(z * 0), z.new_tensor([5e-324, 1e-40, torch.inf, torch.nan])])
+        z = torch.cat([z, -z])
+        found = []
+        for searched in (1 << 30, 0):
+            monkeypatch.setattr(neurons_fas, "SEARCHED", searched)
+            found.append(neurons_fas._first_spike(z, T, signed, base))
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.compiler, "is_compiling", lambda: True)
+            found.append(neurons_fas._first_spike(z, T, signed, base))
+        number = z.isfinite()
+        for index, level in found[1:]:
+            assert torch.equal(index[number], found[0][0][number].int())
+            torch.testing.assert_close(level, found[0][1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("base", [1.3, torch.tensor(1.3)], ids=["number", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("code", CODES)
+def test_without_a_gradient_the_answer_is_the_same(code, dtype, base):
+    x = torch.randn(300, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    theta = torch.linspace(0.3, 2, 40, dtype=dtype).requires_grad_()
+    for each, T in ((x, 4), (x, 16), (x[:1], 4)):
+        learns = encode(each, theta, T, code, base)
+        assert learns.requires_grad
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                found = encode(each, theta, T, code, base)
+            assert found.dtype == dtype and not found.requires_grad and torch.equal(found, learns)
 
 
 @pytest.mark.parametrize("code", CODES)
