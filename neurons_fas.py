@@ -106,7 +106,7 @@ def _first_spike(z, T: int, signed: bool, base) -> tuple[torch.Tensor, torch.Ten
         for reached, higher in zip(between, levels[1:], strict=True):
             index, level = index + (size >= reached), torch.where(size >= reached, higher, level)
         return index, torch.where(z.isnan(), z, level.copysign(z) if signed else level)
-    if z.numel() < SEARCHED or z.device.type != "cpu" or float(base) < 1.01:
+    if z.numel() < SEARCHED or z.device.type != "cpu":
         index = torch.bucketize(size, between, right=True)
     else:
         index = _reached(size, between, float(base))
