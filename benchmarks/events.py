@@ -21,7 +21,7 @@ from events_fas import MOST_FIRED, receive_events
 # Kind of layer, neurons, outputs.
 SHAPES = {
     "GPT-2 small, 3072 × 768": (lambda neurons, outputs: Conv1D(outputs, neurons), 3072, 768),
-    "linear, 1536 × 576": (torch.nn.Linear, 1536, 576),
+    "OPT-125M, 3072 × 768": (torch.nn.Linear, 3072, 768),
 }
 ROWS, SHARES = (1, 2, 4, 8), (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 LAYERS = 24
@@ -34,7 +34,7 @@ def run(layers: list, inputs: list[torch.Tensor]) -> None:
 
 
 def whatever_fires(function) -> None:
-    with mock.patch.dict(events_fas.MOST_FIRED, {rows: rows for rows in MOST_FIRED}):
+    with mock.patch.dict(events_fas.MOST_FIRED, dict.fromkeys(MOST_FIRED, 1)):
         function()
 
 
@@ -47,7 +47,7 @@ def plot(points: list[dict], path) -> None:
         for index, rows in enumerate(ROWS):
             found = [each["events"] for each in points if each["layer"] == name and each["rows"] == rows]
             axis.plot(SHARES, found, "o-", ms=3, color=f"C{index}", label=str(rows))
-            axis.axvline(MOST_FIRED[rows] / rows, color=f"C{index}", lw=0.8, ls="--")
+            axis.axvline(MOST_FIRED[rows], color=f"C{index}", lw=0.8, ls="--")
         axis.axhline(1, ls=":", color="grey")
         axis.set(xlabel="share of neurons that fire", title=name, ylim=(0, 2))
     axes[0].set_ylabel("time over the dense product")
@@ -59,7 +59,7 @@ def plot(points: list[dict], path) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    args = arguments(__doc__, rounds=9)
+    args = arguments(__doc__.splitlines()[0], rounds=9)
     measures, points = [], []
     for name, (make, neurons, outputs) in SHAPES.items():
         stock, spiking = ([make(neurons, outputs) for _ in range(LAYERS)] for _ in range(2))

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 import backbones
 import events_fas
 import tiny
-from events_fas import MOST_FIRED, EventConv1D, EventLinear, event_product, pays
+from events_fas import MOST_FIRED, ONE_IN, EventConv1D, EventLinear, event_product, pays
 
 
 CLOSE = {"rtol": 0, "atol": 1e-12}  # float64: other orders of some hundred sums
@@ -22,7 +22,8 @@ SIZES = {
 
 
 @pytest.fixture(autouse=True)
-def no_gradients():
+def small_products_without_gradient(monkeypatch):
+    monkeypatch.setattr(events_fas, "LEAST_WEIGHTS", 1 << 17)
     with torch.no_grad():
         yield
 
@@ -89,21 +90,26 @@ def test_nan_stays_nan():
     assert found[0].isfinite().all() and found[1].isnan().all()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("rows", MOST_FIRED)
-def test_what_pays_goes_by_the_share_that_fires(rows):
-    weight = torch.zeros(1000, 256)
-    x = torch.zeros(rows, 1000)
-    most = int(MOST_FIRED[rows] * 1000)
-    x.view(-1)[:most] = 1
+def test_what_pays_goes_by_the_share_that_fires(rows, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weight, x = torch.zeros(1300, 1024), torch.zeros(rows, 1300)
+    looked_at = x.view(-1)[::ONE_IN]
+    most = int(MOST_FIRED[rows] / threads * looked_at.numel())
+    looked_at[:most] = torch.nan
     assert pays(x, weight)
-    x.view(-1)[most] = 1
+    looked_at[most] = 1
     assert not pays(x, weight)
+    assert not pays(torch.cat([x, x])[rows:], weight)
+    assert not pays(x.t().contiguous().t(), weight)
 
 
 def test_what_never_pays(monkeypatch):
-    x, weight = torch.zeros(1, 1024), torch.zeros(1024, 128)
+    monkeypatch.setattr(events_fas, "LEAST_WEIGHTS", 1 << 20)
+    x, weight = torch.zeros(1, 1024), torch.zeros(1024, 1024)
     assert pays(x, weight) and pays(x[None], weight)
-    assert not pays(x, weight[:, :127])
+    assert not pays(x, weight[:, :1023])
     assert not pays(x.expand(9, -1), weight)
     assert not pays(x[:0], weight)
     assert not pays(x.double(), weight)
