@@ -99,51 +99,57 @@ def _level(z, potential, T: int, signed: bool, code: str, base) -> torch.Tensor:
 
 def _first_spike(z, T: int, signed: bool, base) -> tuple[torch.Tensor, torch.Tensor]:
     """Steps left when a neuron fires, that one included (0: never), and the level `± base^(1 - step)`."""
-    levels, between = first_spike_levels(T, base, z)
+    levels, between = _levels_and_nan(T, base, z)
     size = z.abs() if signed else z.clamp(min=0)
     if torch.compiler.is_compiling():  # into one pass
         index, level = torch.zeros_like(size, dtype=torch.int32), torch.zeros_like(size)
-        for reached, higher in zip(between, levels[1:], strict=True):
+        for reached, higher in zip(between[:T], levels[1 : T + 1], strict=True):
             index, level = index + (size >= reached), torch.where(size >= reached, higher, level)
         return index, torch.where(z.isnan(), z, level.copysign(z) if signed else level)
     if z.numel() < SEARCHED or z.device.type != "cpu":
-        index = torch.bucketize(size, between, right=True)
+        index = torch.bucketize(size, between[:T], right=True).masked_fill_(size.isnan(), T + 1)
     else:
-        index = _reached(size, between, float(base))
+        index = _reached(size, between, T, float(base))
     level = levels.index_select(0, index.flatten()).view(z.shape)
-    return index, torch.where(z.isnan(), z, level.copysign_(z) if signed else level)
+    return index, level.copysign_(z) if signed else level
 
 
-def _reached(size: torch.Tensor, between: torch.Tensor, base: float) -> torch.Tensor:
-    """`torch.bucketize(size, between, right=True)` of a first spike, from logarithms, hence faster for many.
+def _reached(size: torch.Tensor, between: torch.Tensor, T: int, base: float) -> torch.Tensor:
+    """How many of `between` a first spike reaches, from logarithms, which is faster for many than a search.
 
     All but the first of `between` are powers of the base, times a constant. The logarithm, less what rounding may add,
     is the answer or one less; a comparison says which.
     """
-    steps, scale = len(between), 1 / math.log(base)
+    scale = 1 / math.log(base)
     margin = 1e-3 + scale * math.log((1 + 1 / base) / 2)
-    index = size.log().mul_(scale).add_(steps - margin).floor_().clamp_(0, steps).nan_to_num_(steps).int()
-    further = torch.cat([between, between.new_full((1,), torch.nan)])  # nothing is further than the last
-    return index.add_(size >= further.index_select(0, index.flatten()).view(size.shape))
+    index = size.log().mul_(scale).add_(T - margin).floor_().clamp_(0, T).nan_to_num_(T + 1).int()
+    return index.add_(size >= between.index_select(0, index.flatten()).view(size.shape))
 
 
 def first_spike_levels(T: int, base, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The levels of a first spike, ascending from 0, `(T + 1,)`, and the inputs from which on each is emitted."""
+    levels, between = _levels_and_nan(T, base, like)
+    return levels[: T + 1], between[:T]
+
+
+def _levels_and_nan(T: int, base, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, followed by what NaN has, and by what is never reached."""
     if isinstance(base, float) and type(like) is torch.Tensor and not torch.compiler.is_compiling():
         return _kept_levels(T, base, like.dtype, like.device)
-    return _levels(T, base, like.dtype, like.device)
+    return _make_levels(T, base, like.dtype, like.device)
 
 
-def _levels(T: int, base, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _make_levels(T: int, base, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     steps = torch.arange(T - 1, -1, -1, device=device, dtype=dtype)
-    levels = torch.cat([steps.new_zeros(1), torch.as_tensor(base, device=device, dtype=dtype) ** -steps])
+    powers = torch.as_tensor(base, device=device, dtype=dtype) ** -steps
+    levels = torch.cat([steps.new_zeros(1), powers, steps.new_full((2,), torch.nan)])
     return levels, (levels[1:] + levels[:-1]) / 2
 
 
 @functools.cache
 def _kept_levels(T: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode(False):
-        return _levels(T, base, dtype, device)
+        return _make_levels(T, base, dtype, device)
 
 
 class _Encode(torch.autograd.Function):

@@ -3,8 +3,8 @@
     python -m benchmarks.events
 
 Each is timed over 24 layers with weights of their own, as in decoding, so that none stays in a core's cache: the stock
-layer, event-driven whatever fires, and as a model chooses. What looking costs where it does not pay is over all shares,
-its spread without the outer tenths.
+layer, event-driven whatever fires, and as a model chooses. What looking costs where it does not pay is over all such
+shares, its spread without the outer tenths.
 """
 
 from functools import partial
@@ -61,7 +61,7 @@ def plot(points: list[dict], path) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], rounds=9)
+    args = arguments(__doc__.splitlines()[0], rounds=5)
     measures, points = [], []
     for name, (make, neurons, outputs) in SHAPES.items():
         stock, spiking = ([make(neurons, outputs) for _ in range(LAYERS)] for _ in range(2))

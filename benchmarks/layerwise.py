@@ -13,7 +13,7 @@ T = 8
 
 @torch.inference_mode()
 def main() -> None:
-    args = arguments(__doc__, batch=(8,))
+    args = arguments(__doc__, rounds=2, batch=(8,))
     rows, samples = [], {}
     for kind, title in TITLES.items():
         plain, model = stock(kind, args), fas(kind, args, T=T, schedule="layerwise")

@@ -1,4 +1,8 @@
-"""Run every benchmark, one CPU thread, one process to import torch once; write the tables of `benchmarks/speed.md`."""
+"""Run the benchmarks of speed, one CPU thread, one process to import torch once; write the tables of the two speed.md.
+
+What takes longer is a script of its own: `decoding_compiled`, `spike_driven_compiled`, `distillation_step`,
+`conversion_cost`, `densities`, and `stepwise --batch 4`.
+"""
 
 import os
 import runpy
@@ -15,7 +19,6 @@ SCRIPTS = (
     "stepwise",
     "accumulated_speed",
     "spike_driven_speed",
-    "distillation_step",
     "scaling",
 )
 

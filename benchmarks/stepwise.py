@@ -13,7 +13,7 @@ TIME_TARGET = {4: 0.70, 8: 0.65}
 
 @torch.inference_mode()
 def main() -> None:
-    args = arguments(__doc__, rounds=2, batch=(1, 4))
+    args = arguments(__doc__, rounds=2)
     model = fas("gpt2", args, schedule="stepwise")
     plain = stock("gpt2", args)
     model.config.use_cache = plain.config.use_cache = False
