@@ -55,7 +55,7 @@ class FASNeuron(nn.Module):
         self.foldable = bool(site.targets) or site.feeds == ""
         self.per_position, self.after_time = site.per_position, site.after_time
         self.initial_threshold = config.initial_threshold
-        self.config = config
+        self.read(config)
         # What follows holds the threshold: emit spikes, not threshold · spikes.
         self.folded = config.folded and self.foldable
         self.threshold = nn.Parameter(torch.full((1,), config.initial_threshold))
@@ -67,16 +67,25 @@ class FASNeuron(nn.Module):
         if config.calib_T is not None:
             self.refine(config.granularity, config.calib_length)
 
-    L = property(lambda self: self.config.L)
-    T = property(lambda self: mode(self.config)[0])
-    schedule = property(lambda self: mode(self.config)[1])
-    code = property(lambda self: self.config.code)
-    code_base = property(lambda self: self.config.code_base)
+    T = property(lambda self: self.mode[0])
+    schedule = property(lambda self: self.mode[1])
+
+    def read(self, config) -> None:
+        """Take over a configuration, whose own attributes are slow, and in a compiled graph a guard for every use."""
+        self.config = config
+        self.L, self.code, self.code_base = config.L, config.code, config.code_base
+        self.set_to = config.T, config.schedule
+
+    @property
+    def mode(self) -> tuple[int, str]:
+        """T and schedule, in this thread."""
+        own = running(self.config)
+        return self.set_to if own is None else (own["T"], own["schedule"])
 
     @property
     def stepwise(self) -> bool:
         """Whether the site emits spike trains, `(T·B, …)`, rather than one value per input."""
-        T, schedule = mode(self.config)
+        T, schedule = self.mode
         return T > 0 and schedule != "layerwise" and not self.after_time
 
     def fine_shape(self, granularity: str, length: int | None = None) -> tuple[int, ...]:
@@ -165,16 +174,16 @@ class FASNeuron(nn.Module):
         return threshold * gain * largest.to(threshold.dtype), potential
 
     def _emit(self, hidden_states: torch.Tensor, threshold: torch.Tensor, potential: Any) -> torch.Tensor:
-        (T, schedule), code = mode(self.config), self.config.code
+        T, schedule = self.mode
         if T == 0 and self.L is None:
             return hidden_states
         if T > 0 and schedule != "layerwise" and not self.after_time:
             potential = torch.full_like(threshold, 0.5) if potential is None else potential
             steps = hidden_states.unflatten(0, (T, -1))
             return integrate_and_fire(steps, threshold, potential, T, self.signed).flatten(0, 1)
-        if T == 0 or code == "rate":
+        if T == 0 or self.code == "rate":
             return spike_rate(hidden_states, threshold, potential, T or self.L, self.signed)
-        return encode(hidden_states, threshold, T, code, self.code_base, self.signed)
+        return encode(hidden_states, threshold, T, self.code, self.code_base, self.signed)
 
     def extra_repr(self) -> str:
         fine = "" if self.fine_threshold is None else f", fine={tuple(self.fine_threshold.shape)}"
@@ -786,6 +795,6 @@ def sync(module: Any, *_: Any) -> None:
         module._time.check_structure()
         for each in module.modules():
             if isinstance(each, FASNeuron):
-                each.config = config
+                each.read(config)
             elif "_synced" in vars(each):
                 each._synced = settings  # the trunk too, so that a compiled call has nothing left to change
