@@ -53,8 +53,10 @@ def receive_events(layer: Any) -> None:
 
 
 def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether few enough neurons of few enough rows fire, on a CPU, without gradient, compiler and autocast."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not torch.Tensor:
+    """Whether few enough neurons of few enough rows fire, on a CPU, without gradient, compiler, tracer, autocast."""
+    if torch.is_grad_enabled() or type(x) is not torch.Tensor:
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     rows = x.numel() // x.shape[-1]
     if rows not in MOST_FIRED or weight.numel() < LEAST_WEIGHTS or x.device.type != "cpu":

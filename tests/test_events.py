@@ -119,8 +119,11 @@ def test_what_never_pays(monkeypatch):
         assert not pays(x, weight)
     with torch.enable_grad():
         assert not pays(x, weight)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not pays(x, weight)
+    for module, name in ((torch.compiler, "is_compiling"), (torch.jit, "is_tracing")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, lambda: True)
+            assert not pays(x, weight)
+    assert pays(x, weight)
 
 
 @pytest.mark.slow
