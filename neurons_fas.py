@@ -105,13 +105,13 @@ def _first_spike(z, T: int, signed: bool, base) -> tuple[torch.Tensor, torch.Ten
         index, level = torch.zeros_like(size, dtype=torch.int32), torch.zeros_like(size)
         for reached, higher in zip(between[:T], levels[1 : T + 1], strict=True):
             index, level = index + (size >= reached), torch.where(size >= reached, higher, level)
-        return index, torch.where(z.isnan(), z, level.copysign(z) if signed else level)
+        return index, torch.where(z.isnan(), z, level * z.sign() if signed else level)
     if z.numel() < SEARCHED or z.device.type != "cpu":
         index = torch.bucketize(size, between[:T], right=True).masked_fill_(size.isnan(), T + 1)
     else:
         index = _reached(size, between, T, float(base))
     level = levels.index_select(0, index.flatten()).view(z.shape)
-    return index, level.copysign_(z) if signed else level
+    return index, level.mul_(z.sign()) if signed else level
 
 
 def _reached(size: torch.Tensor, between: torch.Tensor, T: int, base: float) -> torch.Tensor:
