@@ -35,14 +35,16 @@ class EventLinear(nn.Linear):
     """A linear layer that keeps its weight transposed too, from the first time that this pays."""
 
     transposed: Any = None
-    made_from: tuple[int, int] | None = None
+    made_from: tuple[Any, int] = (None, 0)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not pays(input, self.weight):
             return super().forward(input)
-        now = self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
-        if self.made_from != now:
-            self.transposed, self.made_from = self.weight.t().contiguous(), now
+        kept, version = self.made_from
+        now = 0 if self.weight.is_inference() else self.weight._version
+        if kept is None or kept.data_ptr() != self.weight.data_ptr() or version != now:
+            # Kept alive, so that no other weight comes to stand at its address.
+            self.transposed, self.made_from = self.weight.t().contiguous(), (self.weight.detach(), now)
         return event_product(input, self.transposed, self.bias)
 
 

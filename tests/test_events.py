@@ -155,9 +155,8 @@ def test_decoding_reads_the_weights_of_what_fires(backbone, schedule, products, 
 
 def test_only_layers_that_spikes_feed_look_for_them():
     gpt2, opt = model_of("gpt2"), model_of("opt")
-    assert {name.rpartition("h.0.")[2] for name, each in gpt2.named_modules() if type(each) is EventConv1D} > {
-        "mlp.c_proj"
-    }
+    found = {name.rpartition(".h.")[2] for name, each in gpt2.named_modules() if type(each) is EventConv1D}
+    assert found == {f"{block}.mlp.c_proj" for block in range(3)}
     assert type(gpt2.transformer.h[0].mlp.c_fc) is Conv1D and type(gpt2.transformer.h[0].attn.c_proj) is Conv1D
     assert not any(type(each) is EventLinear for each in opt.modules())
     found = {name.rpartition(".")[2] for name, each in opt.read_events().named_modules() if type(each) is EventLinear}
@@ -183,6 +182,18 @@ def test_a_transposed_weight_follows_its_weight(tmp_path):
     assert not [name for name in model.state_dict() if "transposed" in name]
     model.save_pretrained(tmp_path)
     assert type(model_of("opt").from_pretrained(tmp_path).model.decoder.layers[0].fc2) is nn.Linear
+
+
+def test_no_weight_comes_to_stand_where_the_one_stood_that_a_transposed_one_is_of():
+    """An address and a version would not tell them apart."""
+    layer = nn.Linear(2048, 64).double()
+    events_fas.receive_events(layer)
+    x = spikes(1, 2048)
+    layer(x)
+    layer.weight = nn.Parameter(torch.randn(64, 2048, dtype=x.dtype))
+    assert layer.made_from[0].untyped_storage().data_ptr() != layer.weight.data_ptr()
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), **CLOSE)
+    assert layer.made_from[0].data_ptr() == layer.weight.data_ptr()
 
 
 def test_weights_of_inference_mode_are_read_too():
