@@ -5,7 +5,9 @@ that a value stands for. A share of None leaves random weights as they are.
 """
 
 import statistics
+from collections.abc import Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -40,6 +42,15 @@ class Decoder:
 
     def uncached(self) -> None:
         self.model(self.ids, use_cache=False, logits_to_keep=1)
+
+
+def in_turn(decoders: Mapping[Any, Decoder], tokens: int, device: str) -> dict[Any, list[float]]:
+    """Seconds of so many tokens of each, one of every decoder after another."""
+    seconds: dict[Any, list[float]] = {name: [] for name in decoders}
+    for _ in range(tokens):
+        for name, decoder in decoders.items():
+            seconds[name].append(timed(decoder.cached, device)["seconds"])
+    return seconds
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import torch
 from torch._inductor import config as inductor
 from transformers import StaticCache
 
-from benchmarks.common import arguments, fas, report, stock, timed, token_ids
-from benchmarks.decoding import NEW, PROMPT, Decoder, T
+from benchmarks.common import arguments, fas, report, stock, token_ids
+from benchmarks.decoding import NEW, PROMPT, Decoder, T, in_turn
 
 
 # Freezing packs the weights for a product of so many rows, and the tuner then prefers a kernel generated for them.
@@ -32,11 +32,8 @@ def main() -> None:
             cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW)
             decoders[name, kind] = Decoder(model, ids, cache)
         decoders[name, "compiled"].model = torch.compile(model, fullgraph=True)
-    samples: dict[tuple, list] = {name: [] for name in decoders}
     with inductor.patch(SETTINGS):
-        for _ in range(NEW):
-            for name, decoder in decoders.items():
-                samples[name].append(timed(decoder.cached, args.device)["seconds"])
+        samples = in_turn(decoders, NEW, args.device)
     median = {name: statistics.median(times[WARM_UP:]) for name, times in samples.items()}
     what = f"GPT-2 small, batch {batch}, decoding, T = {T}, static cache, per token"
     rows = [

@@ -10,8 +10,8 @@ import torch
 from torch._inductor import config as inductor
 from transformers import StaticCache
 
-from benchmarks.common import arguments, compared, gathered, interleave, report, timed
-from benchmarks.decoding import PROMPT, Decoder
+from benchmarks.common import arguments, compared, gathered, interleave, report
+from benchmarks.decoding import PROMPT, Decoder, in_turn
 from benchmarks.decoding_compiled import SETTINGS as INDUCTOR
 from benchmarks.spike_driven_speed import NEW, TOGETHER, prepare
 
@@ -33,12 +33,9 @@ def main() -> None:
             decoders[name, kind] = Decoder(model, ids[:, :PROMPT], cache)
         decoders[name, "compiled"].model = torch.compile(model, fullgraph=True)
     eager = {(name, "eager"): partial(model, ids, use_cache=False) for name, model in models.items()}
-    samples: dict[Any, list[float]] = {name: [] for name in decoders}
     with inductor.patch(INDUCTOR):
         times = {"forward": interleave(eager | {(name, "compiled"): each for name, each in forward.items()}, args, 2)}
-        for _ in range(NEW):
-            for name, decoder in decoders.items():
-                samples[name].append(timed(decoder.cached, args.device)["seconds"])
+        samples = in_turn(decoders, NEW, args.device)
     times["decoding"] = gathered(samples, TOGETHER)
     case = {"forward": f"forward, {ids.shape[1]} tokens: time", "decoding": "decoding, static cache: time of a token"}
     rows = [

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from benchmarks.common import arguments, compared, gathered, interleave, report, timed
-from benchmarks.decoding import PROMPT, Decoder
+from benchmarks.common import arguments, compared, gathered, interleave, report
+from benchmarks.decoding import PROMPT, Decoder, in_turn
 from benchmarks.spike_driven import MODELS, SHARED, windows
 from fas import convert_to_spiking
 from modeling_fas import FASMixin
@@ -97,11 +97,7 @@ def main() -> None:
     batch = args.batch[0]
     times = {"forward": interleave({name: partial(each, ids, use_cache=False) for name, each in models.items()}, args)}
     decoders = {name: Decoder(model, ids[:, :PROMPT]) for name, model in models.items()}
-    samples: dict[str, list[float]] = {name: [] for name in decoders}
-    for _ in range(NEW):
-        for name, decoder in decoders.items():
-            samples[name].append(timed(decoder.cached, args.device)["seconds"])
-    times["decoding"] = gathered(samples, TOGETHER)
+    times["decoding"] = gathered(in_turn(decoders, NEW, args.device), TOGETHER)
     case = {"forward": f"forward, {ids.shape[1]} tokens: time", "decoding": "decoding: time of a token"}
     rows = [
         compared(
