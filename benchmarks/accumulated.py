@@ -1,6 +1,6 @@
 """The accumulated schedule against stepwise and layerwise: FAS (QCFS) models, uncalibrated, and searched at T = 4.
 
-    PYTHONPATH=. python benchmarks/accumulated.py [--task prose] [--seed 0 1 2] [--T 2 4 8]
+    python -m benchmarks.accumulated [--task prose] [--seed 0 1 2] [--T 2 4 8]
 
 Judges each schedule by its score and by the divergence of its logits from those of QCFS: Kullback-Leibler, or the
 squared error of a regression. Classifiers are those of `benchmarks/trained_out.py`; the language model is that
@@ -12,13 +12,14 @@ import os
 from pathlib import Path
 
 import torch
-from _calibration_tasks import Prose
-from trained_out import TASKS as TRAINED_OUT
 from transformers.utils import logging
 
 from training.calibrate import coarse_search
 from training.calibrate.loss import output_error
 from training.results import commit, fingerprint, markdown_table, read_results, write_results
+
+from ._calibration_tasks import Prose
+from .trained_out import TASKS as TRAINED_OUT
 
 
 RESULTS = Path(__file__).parent / "results" / "accumulated"

@@ -1,6 +1,6 @@
 """Calibrated at one length, evaluated at others: perplexity of gpt2-prose-mini on prose, and generation with a cache.
 
-python benchmarks/calibration_lengths.py --calibrate_at 64 --evaluate_at 64 128 256
+python -m benchmarks.calibration_lengths --calibrate_at 64 --evaluate_at 64 128 256
 """
 
 import argparse
@@ -8,12 +8,13 @@ import copy
 import os
 
 import torch
-from _calibration_tasks import ROOT, Prose, perplexity
-from calibration_quality import SETTINGS, train
 from transformers.utils import logging
 
 from training.calibrate import coarse_search
 from training.results import write_results
+
+from ._calibration_tasks import ROOT, Prose, perplexity
+from .calibration_quality import SETTINGS, train
 
 
 RESULTS = ROOT / "benchmarks" / "results" / "calibration_lengths.json"

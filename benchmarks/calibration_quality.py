@@ -1,6 +1,6 @@
 """How much of the gap calibration closes: GELU, QCFS, and stepwise runs before and after calibration.
 
-    python benchmarks/calibration_quality.py --tasks sst2 cola stsb prose --seeds 0 1 2
+    python -m benchmarks.calibration_quality --tasks sst2 cola stsb prose --seeds 0 1 2
 
 Every (task, seed) has a results file of its own, rewritten after each row; rows that are there are not run again.
 """
@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 import torch
-from _calibration_tasks import ROOT, TASKS
 from transformers.utils import logging
 
 from training.arguments import CALIBRATION_SETTINGS, THRESHOLD_LEARNING_RATES
 from training.calibrate.coarse import PUBLISHED_PAIR, coarse_search, set_pair
 from training.calibrate.loss import calibration_loss, freeze_for_calibration, output_error
 from training.results import commit, read_results, write_results
+
+from ._calibration_tasks import ROOT, TASKS
 
 
 RESULTS = ROOT / "benchmarks" / "results" / "calibration"

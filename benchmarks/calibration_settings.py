@@ -1,7 +1,7 @@
 """What the settings of fine calibration do: rate, weight of the site errors and steps, after one and the same search.
 
-    python benchmarks/calibration_settings.py --task stsb --fine 60 0.05 1 --fine 60 0.02 10
-    python benchmarks/calibration_settings.py --task sst2 --unseen 3000 --seeds 0 1 2 --T 4 8 --fine 60 0.05 1
+    python -m benchmarks.calibration_settings --task stsb --fine 60 0.05 1 --fine 60 0.02 10
+    python -m benchmarks.calibration_settings --task sst2 --unseen 3000 --seeds 0 1 2 --T 4 8 --fine 60 0.05 1
 
 Rows that are in the results file are not run again. Those without `unseen` were judged on the validation rows, on seed
 0 at T = 4: the other seeds and T of `calibration_quality.py` had no part in the choice.
@@ -13,12 +13,13 @@ import os
 from pathlib import Path
 
 import torch
-from _calibration_tasks import ROOT, TASKS, Glue
-from calibration_quality import SETTINGS, search, train
 from transformers.utils import logging
 
 from training.calibrate.loss import output_error
 from training.results import commit, read_results, write_results
+
+from ._calibration_tasks import ROOT, TASKS, Glue
+from .calibration_quality import SETTINGS, search, train
 
 
 RESULTS = ROOT / "benchmarks" / "results" / "calibration_settings.json"

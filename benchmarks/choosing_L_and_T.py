@@ -1,6 +1,6 @@
 """How the choice of L and T matters: perplexity of gpt2-prose-mini on prose, for both schedules.
 
-    python benchmarks/choosing_L_and_T.py --L 4 8 16 32 --T 1 2 4 8 16
+    python -m benchmarks.choosing_L_and_T --L 4 8 16 32 --T 1 2 4 8 16
 
 One QCFS fine-tuning per L from the stock model, of the same steps on the same windows. Rows that are there are
 not run again.
@@ -11,11 +11,12 @@ import copy
 import os
 
 import torch
-from _calibration_tasks import ROOT, Prose
 from transformers.utils import logging
 
 from training.calibrate import coarse_search
 from training.results import read_results, write_results
+
+from ._calibration_tasks import ROOT, Prose
 
 
 RESULTS = ROOT / "benchmarks" / "results" / "choosing_L_and_T.json"

@@ -1,6 +1,6 @@
 """How many neurons fire on real text: what event-driven products live on.
 
-    SMOLLM2=FOLDER PYTHONPATH=. python benchmarks/densities.py
+    SMOLLM2=FOLDER python -m benchmarks.densities
 
 Mean over the sites of a kind of the share of what they emit that is not 0, on validation text. Trained FAS models are
 those of `benchmarks/accumulated.py`; SmolLM2 is converted without training.
@@ -9,14 +9,15 @@ those of `benchmarks/accumulated.py`; SmolLM2 is converted without training.
 import statistics
 
 import torch
-from _calibration_tasks import Prose
-from trained_out import TASKS
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from benchmarks.common import arguments, report
 from benchmarks.spike_driven import MODELS, SHARED, windows
 from fas import convert_to_spiking
+
+from ._calibration_tasks import Prose
+from .trained_out import TASKS
 
 
 MODEL, TEXT, _, LENGTH = MODELS["smollm2"]

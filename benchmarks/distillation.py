@@ -64,12 +64,11 @@ def arguments(folder: str | Path, rates: tuple[float, float | None], **settings:
         str(folder),
         learning_rate=rates[0],
         threshold_learning_rate=rates[1],
-        save_strategy="steps",
         save_total_limit=1,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
-        **settings,
+        **({"save_strategy": "steps"} | settings),
     )
 
 

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from _calibration_tasks import CACHE, MINILM, Glue, _save, finetune
 from transformers import BertForSequenceClassification, set_seed
 
 from modeling_fas import FASBertForSequenceClassification
+
+from ._calibration_tasks import CACHE, MINILM, Glue, _save, finetune
 
 
 # `benchmarks/distillation_sst2.py` trains a GELU model on nine tenths of the rows, which is not trained again.
