@@ -44,7 +44,7 @@ SEARCHED = 1 << 13
 
 def _state(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in the precision that membrane potentials are kept in: float32 at least."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def _blocks(like: torch.Tensor, *others: torch.Tensor | None):
@@ -60,6 +60,27 @@ def _blocks(like: torch.Tensor, *others: torch.Tensor | None):
     return zip(*split, strict=True)
 
 
+def at_least(threshold: torch.Tensor) -> torch.Tensor:
+    """The threshold, or `MIN_THRESHOLD` where it is below."""
+    return torch.maximum(threshold, _number(MIN_THRESHOLD, threshold))
+
+
+def _number(value: float, like: torch.Tensor) -> torch.Tensor:
+    """A number as a tensor, which a CPU reckons with in half the time; kept, but for a compiler.
+
+    By a plain number, PyTorch would also divide through its reciprocal on CUDA, which rounds otherwise.
+    """
+    if type(like) is torch.Tensor and not torch.compiler.is_compiling():
+        return _kept_number(value, like.dtype, like.device)
+    return like.new_full((), value)
+
+
+@functools.cache
+def _kept_number(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=dtype, device=device)
+
+
 def _spike_count(z: torch.Tensor, initial_potential: torch.Tensor | None, T: int, signed: bool) -> torch.Tensor:
     """Spikes, less negative ones, of a neuron after T steps of the constant input z, in units of its threshold.
 
@@ -67,7 +88,7 @@ def _spike_count(z: torch.Tensor, initial_potential: torch.Tensor | None, T: int
     with negative input fires only while its start lasts; below 0 one with input above its threshold starts late and
     then fires at every step.
     """
-    count = (T * z).add_(0.5 if initial_potential is None else initial_potential).floor_()
+    count = (z * _number(T, z)).add_(_number(0.5, z) if initial_potential is None else initial_potential).floor_()
     if initial_potential is not None and not signed:
         early = (initial_potential > 1) & (z < 0)
         late = (initial_potential < 0) & (z > 1)
@@ -93,8 +114,7 @@ def _level(z, potential, T: int, signed: bool, code: str, base) -> torch.Tensor:
     if code == "first_spike":
         return _first_spike(z, T, signed, base)[1]
     most = _most(T, code)
-    # By a number, PyTorch would divide through its reciprocal on CUDA, which rounds otherwise.
-    return _spike_count(z, potential, most, signed).div_(z.new_full((), most))
+    return _spike_count(z, potential, most, signed).div_(_number(most, z))
 
 
 def _first_spike(z, T: int, signed: bool, base) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,9 +128,10 @@ def _first_spike(z, T: int, signed: bool, base) -> tuple[torch.Tensor, torch.Ten
         return index, torch.where(z.isnan(), z, level * z.sign() if signed else level)
     if z.numel() < SEARCHED or z.device.type != "cpu":
         index = torch.bucketize(size, between[:T], right=True).masked_fill_(size.isnan(), T + 1)
+        level = levels.take(index)
     else:
         index = _reached(size, between, T, float(base))
-    level = levels.index_select(0, index.flatten()).view(z.shape)
+        level = levels.index_select(0, index.flatten()).view(z.shape)
     return index, level.mul_(z.sign()) if signed else level
 
 
@@ -165,7 +186,7 @@ class _Encode(torch.autograd.Function):
     def backward(ctx, grad):
         x, threshold, initial_potential, base = ctx.saved_tensors
         T, signed, code = ctx.settings
-        theta = _state(threshold).clamp(min=MIN_THRESHOLD)
+        theta = at_least(_state(threshold))
         potential = _start(initial_potential, signed)
         by_kernel = _has_kernels(x, signed, code, theta, potential)
         differentiate = _differentiate_code_by_kernel if by_kernel else _differentiate_code
@@ -183,7 +204,7 @@ class _IntegrateAndFire(torch.autograd.Function):
     def forward(ctx, x, threshold, initial_potential, T, signed):
         ctx.save_for_backward(x, threshold, initial_potential)
         ctx.signed = signed
-        theta = _state(threshold).clamp(min=MIN_THRESHOLD)
+        theta = at_least(_state(threshold))
         start = _start(initial_potential, signed) * theta
         emitted = x.new_empty((T, *x.shape[1:]))
         (fire_by_kernel if _has_kernels(x, signed, "steps") else _fire)(x, theta, start, emitted, signed)
@@ -192,7 +213,7 @@ class _IntegrateAndFire(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, threshold, initial_potential = ctx.saved_tensors
-        theta = _state(threshold).clamp(min=MIN_THRESHOLD)
+        theta = at_least(_state(threshold))
         potential = _start(initial_potential, ctx.signed)
         differentiate = differentiate_by_kernel if _has_kernels(x, ctx.signed, "steps") else _differentiate
         grad_x, grad_theta, grad_start = differentiate(x, theta, potential * theta, grad, ctx.signed)
@@ -203,7 +224,7 @@ class _IntegrateAndFire(torch.autograd.Function):
 
 def _emit(x, threshold, initial_potential, base, T, signed, code) -> torch.Tensor:
     """What `_Encode` computes forward."""
-    theta = _state(threshold).clamp(min=MIN_THRESHOLD)
+    theta = at_least(_state(threshold))
     potential = _start(initial_potential, signed)
     encode_ = _encode_by_kernel if _has_kernels(x, signed, code, theta, potential) else _encode
     return encode_(x, theta, potential, base, T, signed, code)
@@ -438,7 +459,7 @@ def encode(
 
 def spike_count(emitted: torch.Tensor, threshold: torch.Tensor, T: int, code: str) -> torch.Tensor:
     """Spikes that a value of [`encode`] is made of, whole numbers of the shape of `emitted`."""
-    level = (_state(emitted) / _state(threshold).clamp(min=MIN_THRESHOLD)).abs()
+    level = (_state(emitted) / at_least(_state(threshold))).abs()
     if code == "rate":
         return level.mul_(T).round_()
     if code == "first_spike":
@@ -458,7 +479,7 @@ def spike_train(
     At step t a neuron fires where what it holds reaches the step's weight, less half of the last one, which is taken
     off. A rate gets its input anew at every step; a first spike is the only one.
     """
-    z = _state(x) / _state(threshold).clamp(min=MIN_THRESHOLD)
+    z = _state(x) / at_least(_state(threshold))
     if code == "first_spike":
         _, between = first_spike_levels(T, base, z)
         spikes, fired = [], torch.zeros_like(z, dtype=torch.bool)

@@ -22,6 +22,7 @@ try:
     from .events_fas import receive_events  # type: ignore[import-not-found]
     from .neurons_fas import (  # type: ignore[import-not-found]
         MIN_THRESHOLD,
+        at_least,
         encode,
         integrate_and_fire,
         spike_count,
@@ -31,7 +32,7 @@ try:
 except ImportError:
     from configuration_fas import Site, here, mode, positions_of, running
     from events_fas import receive_events
-    from neurons_fas import MIN_THRESHOLD, encode, integrate_and_fire, spike_count, spike_rate, spike_train
+    from neurons_fas import MIN_THRESHOLD, at_least, encode, integrate_and_fire, spike_count, spike_rate, spike_train
 
 
 class FASNeuron(nn.Module):
@@ -170,7 +171,7 @@ class FASNeuron(nn.Module):
         gain = self._parameters["gain"]
         if gain is None:
             return threshold, potential
-        largest = (hidden_states.detach() / threshold.detach().clamp(min=MIN_THRESHOLD)).abs_().amax(-1, keepdim=True)
+        largest = (hidden_states.detach() / at_least(threshold.detach())).abs_().amax(-1, keepdim=True)
         return threshold * gain * largest.to(threshold.dtype), potential
 
     def _emit(self, hidden_states: torch.Tensor, threshold: torch.Tensor, potential: Any) -> torch.Tensor:
