@@ -270,7 +270,8 @@ def _emit_input(layer: Any, args: tuple) -> tuple:
 def _emit_shared(layer: Any, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
     hidden_states = _hidden_states(args, kwargs)
     emitted = layer.site(hidden_states)
-    return _map(lambda each: emitted if each is hidden_states else each, (args, kwargs))
+    given = {name: emitted if each is hidden_states else each for name, each in kwargs.items()}
+    return tuple(emitted if each is hidden_states else each for each in args), given
 
 
 def _emit_output(core: Any, name: str, index: int, parts: int, layer: Any, args: tuple, output: torch.Tensor) -> Any:
@@ -298,13 +299,13 @@ class _AttentionConfig:
 
 
 def _spiking_attention(name: str, module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    site = module.query_site
-    flat = query.transpose(1, 2).flatten(2)
-    if site.schedule == "accumulated" and site.T > 1:
-        flat = running_mean(site(difference(flat, site.T)), site.T)
+    site, by_token = module.query_site, query.transpose(1, 2)
+    flat, (T, schedule) = by_token.flatten(2), site.mode
+    if schedule == "accumulated" and T > 1:
+        flat = running_mean(site(difference(flat, T)), T)
     else:
         flat = site(flat)
-    query = flat.view(query.transpose(1, 2).shape).transpose(1, 2)
+    query = flat.view(by_token.shape).transpose(1, 2)
     attention = _eager_attention if name == "eager" else AttentionInterface()[name]
     return attention(module, query, *args, **kwargs)
 
