@@ -1,9 +1,11 @@
 """Spikes into every product without training: quality, spikes, energy and reads of each code, beside the stock model.
 
-    python -m benchmarks.spike_driven prose|smollm2 [--windows 200]
+    python -m benchmarks.spike_driven prose|smollm2|fas [--length 128] [--windows 200] [--only 2 3]
 
 Thresholds are fitted to training text (prose) or to a later part of the validation text (WikiText, of which we have no
-other part), never to the windows that are judged. A row is saved as it ends; the same command goes on from there.
+other part), never to the windows that are judged, and to the same text whatever `--length` is judged. `fas` is
+gpt2-prose-mini as FAS has it: trained with QCFS, spikes in its MLPs. A row is saved as it ends; the same command goes
+on from there.
 """
 
 import argparse
@@ -23,6 +25,8 @@ from fas import SpikeMonitor, convert_to_spiking, energy_report
 from training import layout
 from training.results import commit, fingerprint, markdown_table, read_results, write_results
 
+from ._calibration_tasks import Prose
+
 
 SHARED = Path(os.environ.get("FAS_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 RESULTS = Path(__file__).parent / "results" / "spike_driven"
@@ -36,6 +40,7 @@ SETTINGS = [
     {"sites": "all", "code": "phase", "T": 5},
     {"sites": "all", "code": "phase", "T": 6},
     {"sites": "all", "code": "phase", "T": 7},
+    {"sites": "all", "code": "phase", "T": 8},
     {"sites": "all", "code": "first_spike", "T": 8, "code_base": 2**0.5},
     {"sites": "all", "code": "first_spike", "T": 16, "code_base": 1.2},
     {"sites": "all", "code": "first_spike", "T": 24, "code_base": 1.2},
@@ -43,7 +48,14 @@ SETTINGS = [
     {"sites": "linear", "code": "rate", "T": 16, "schedule": "layerwise", "gain": "static"},
     {"sites": "linear", "code": "rate", "T": 16, "schedule": "accumulated", "gain": "static"},
 ]
-LENGTH = 256  # tokens that energy is counted at
+WINDOWS = {"prose": 200, "smollm2": 24}  # of the usual length
+FAS: list[dict[str, Any]] = [
+    {"sites": "mlp", "code": "rate", "T": T, "schedule": schedule}
+    for T in (4, 8)
+    for schedule in ("stepwise", "accumulated", "layerwise")
+]
+LENGTH = 256  # tokens that energy is counted at, where no longer windows are judged
+COMMIT = commit()  # of the code that runs, which may be edited meanwhile
 
 
 def windows(tokenizer, path: Path, length: int, count: int, skip: int = 0) -> torch.Tensor:
@@ -82,14 +94,18 @@ def rows_of(windows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row[None]} for row in windows]
 
 
-def judge(path, row, rows, calibration) -> dict:
-    """Convert the model by a row of settings and measure it."""
-    start = time.perf_counter()
-    settings = {name: value for name, value in row.items() if value is not None}
-    model = convert_to_spiking(path, calibration, progress=False, **settings)
-    seconds = time.perf_counter() - start
-    measured = {"perplexity": perplexity(model, rows)}
-    T, (costs, rates) = model.config.T, spiking_cost(model, rows_of(rows[:8]))
+def converted(path: Path, row: Mapping[str, Any], calibration: torch.Tensor) -> Any:
+    """The model by a row of settings, without training."""
+    return convert_to_spiking(
+        path, calibration, progress=False, **{name: value for name, value in row.items() if value is not None}
+    )
+
+
+def judge(model: Any, rows: torch.Tensor) -> dict[str, Any]:
+    """What is measured of a spiking model."""
+    measured, length = {"perplexity": perplexity(model, rows)}, rows.shape[1]
+    T = model.config.T
+    costs, rates = spiking_cost(model, rows_of(rows[: min(8, 2048 // length)]), max(LENGTH, length))
     by_group: dict[str, list[tuple[float, int]]] = {}
     for placed in layout.sites(model):
         by_group.setdefault(placed.site.group, []).append((rates[placed.name], placed.neuron.width))
@@ -97,51 +113,64 @@ def judge(path, row, rows, calibration) -> dict:
         f"spikes, {group}": T * sum(rate * width for rate, width in entries) / sum(width for _, width in entries)
         for group, entries in by_group.items()
     }
-    return (
-        measured
-        | costs
-        | {
-            "conversion_seconds": seconds,
-            "weights_sha256": fingerprint(model),
-            "commit": commit(),
-            **groups,
-        }
-    )
+    return measured | costs | {"weights_sha256": fingerprint(model), "commit": COMMIT, **groups}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--windows", type=int, default=200)
+    parser.add_argument("model", choices=[*MODELS, "fas"])
+    parser.add_argument("--length", type=int, help="tokens of a window that is judged; by default 256, of prose 128")
+    parser.add_argument("--windows", type=int, help="how many; by default 24 of 256 tokens, of prose 200 of 128")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of the only settings to measure, from 0")
     args = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    path, judged, other, length = MODELS[args.model]
+    fas = args.model == "fas"
+    name = "prose" if fas else args.model
+    path, judged, other, usual = MODELS[name]
+    length = args.length or usual
+    count = args.windows or WINDOWS[name] * usual // length
+    few, skip = 768 // usual, 1000 if other else 44
+    if not other and count * length > skip * usual:
+        parser.error(f"--windows must leave the text from token {skip * usual} on to calibration, got {args.windows}")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    rows = windows(tokenizer, SHARED / judged, length, args.windows)
-    few = 768 // length
-    skip = 1000 if other else args.windows + 20
-    calibration = windows(tokenizer, SHARED / (other or judged), length, few, skip)
-    output = RESULTS / f"{args.model}.json"
+    rows = windows(tokenizer, SHARED / judged, length, count)
+    calibration = windows(tokenizer, SHARED / (other or judged), usual, few, skip)
+    text = f"{few} windows{f' of {usual} tokens' if length != usual else ''} from number {skip} on"
+    output = RESULTS / f"{args.model}{f'_{length}' if length != usual else ''}.json"
     configuration = {
         "model": path.name,
         "judged": judged,
         "windows": len(rows),
         "length": length,
-        "calibration": f"{other or judged}, {few} windows from number {skip} on",
-        "energy_length": LENGTH,
+        "calibration": f"{other or judged}, {text}",
+        "energy_length": max(LENGTH, length),
     }
+    if fas:
+        task = Prose()
+        configuration["calibration"] = f"{task.describe()['qcfs']}, seed 0"
     done = read_results(output)["metrics"] if output.is_file() else []
     if not done:
         stock = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
-        done = [{"sites": "–", "code": "stock", "perplexity": perplexity(stock, rows), "commit": commit()}]
-    for settings in SETTINGS:
-        row = {"schedule": "layerwise", "code_base": None, "gain": None} | settings
-        if not any(row.items() <= each.items() for each in done):
-            done.append(row | judge(path, row, rows, calibration))
-            done[-1]["over_stock"] = done[-1]["perplexity"] / done[0]["perplexity"]
-            write_results(output, metrics=done, configuration=configuration)
-            print(markdown_table(done[-1:]), flush=True)
+        done = [{"sites": "–", "code": "stock", "perplexity": perplexity(stock, rows), "commit": COMMIT}]
+        if fas:
+            with task.qcfs(0).running(0) as model:
+                done.append({"sites": "mlp", "code": "QCFS", "perplexity": perplexity(model, rows), "commit": COMMIT})
+    settings = FAS if fas else SETTINGS
+    for each in settings if args.only is None else [settings[number] for number in args.only]:
+        row = {"schedule": "layerwise", "code_base": None, "gain": None} | each
+        if any(row.items() <= found.items() for found in done):
+            continue
+        start = time.perf_counter()
+        if fas:
+            model = task.qcfs(0).set_timesteps(row["T"], row["schedule"])
+        else:
+            model = converted(path, row, calibration)
+        seconds = time.perf_counter() - start
+        done.append(row | judge(model, rows) | ({} if fas else {"conversion_seconds": seconds}))
+        done[-1]["over_stock"] = done[-1]["perplexity"] / done[0]["perplexity"]
+        write_results(output, metrics=done, configuration=configuration)
+        print(markdown_table(done[-1:]), flush=True)
 
 
 if __name__ == "__main__":
