@@ -162,10 +162,7 @@ def main() -> None:
         if any(row.items() <= found.items() for found in done):
             continue
         start = time.perf_counter()
-        if fas:
-            model = task.qcfs(0).set_timesteps(row["T"], row["schedule"])
-        else:
-            model = converted(path, row, calibration)
+        model = task.qcfs(0).set_timesteps(row["T"], row["schedule"]) if fas else converted(path, row, calibration)
         seconds = time.perf_counter() - start
         done.append(row | judge(model, rows) | ({} if fas else {"conversion_seconds": seconds}))
         done[-1]["over_stock"] = done[-1]["perplexity"] / done[0]["perplexity"]
