@@ -48,7 +48,8 @@ SETTINGS = [
     {"sites": "linear", "code": "rate", "T": 16, "schedule": "layerwise", "gain": "static"},
     {"sites": "linear", "code": "rate", "T": 16, "schedule": "accumulated", "gain": "static"},
 ]
-WINDOWS = {"prose": 200, "smollm2": 24}  # of the usual length
+WINDOWS = {"prose": 200, "smollm2": 24}  # judged, of the usual length
+SKIPPED = {"prose": 1000, "smollm2": 44}  # windows before those of calibration
 FAS: list[dict[str, Any]] = [
     {"sites": "mlp", "code": "rate", "T": T, "schedule": schedule}
     for T in (4, 8)
@@ -68,6 +69,14 @@ def windows(tokenizer, path: Path, length: int, count: int, skip: int = 0) -> to
             break
     rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     return rows[skip : skip + count]
+
+
+def calibration_text(name: str, tokenizer: Any) -> tuple[torch.Tensor, str]:
+    """Windows that thresholds are fitted to, and what they are: never any that are judged."""
+    _, judged, other, length = MODELS[name]
+    text, count, skip = other or judged, 768 // length, SKIPPED[name]
+    about = f"{text}, {count} windows of {length} tokens from number {skip} on"
+    return windows(tokenizer, SHARED / text, length, count, skip), about
 
 
 @torch.inference_mode()
@@ -130,20 +139,19 @@ def main() -> None:
     path, judged, other, usual = MODELS[name]
     length = args.length or usual
     count = args.windows or WINDOWS[name] * usual // length
-    few, skip = 768 // usual, 1000 if other else 44
-    if not other and count * length > skip * usual:
-        parser.error(f"--windows must leave the text from token {skip * usual} on to calibration, got {args.windows}")
+    if not other and count * length > SKIPPED[name] * usual:
+        most = SKIPPED[name] * usual // length
+        parser.error(f"--windows must be at most {most} of {length} tokens: later ones calibrate; got {args.windows}")
     tokenizer = AutoTokenizer.from_pretrained(path)
     rows = windows(tokenizer, SHARED / judged, length, count)
-    calibration = windows(tokenizer, SHARED / (other or judged), usual, few, skip)
-    text = f"{few} windows{f' of {usual} tokens' if length != usual else ''} from number {skip} on"
+    calibration, about = calibration_text(name, tokenizer)
     output = RESULTS / f"{args.model}{f'_{length}' if length != usual else ''}.json"
     configuration = {
         "model": path.name,
         "judged": judged,
         "windows": len(rows),
         "length": length,
-        "calibration": f"{other or judged}, {text}",
+        "calibration": about,
         "energy_length": max(LENGTH, length),
     }
     if fas:
