@@ -47,6 +47,13 @@ SETTINGS = [
     {"sites": "linear", "code": "phase", "T": 5},
     {"sites": "linear", "code": "rate", "T": 16, "schedule": "layerwise", "gain": "static"},
     {"sites": "linear", "code": "rate", "T": 16, "schedule": "accumulated", "gain": "static"},
+    # More of each for the curves.
+    {"sites": "all", "code": "first_spike", "T": 6, "code_base": 2**0.5},
+    {"sites": "all", "code": "first_spike", "T": 12, "code_base": 2**0.5},
+    {"sites": "linear", "code": "phase", "T": 4},
+    {"sites": "linear", "code": "phase", "T": 6},
+    {"sites": "linear", "code": "rate", "T": 8, "schedule": "layerwise", "gain": "static"},
+    {"sites": "linear", "code": "rate", "T": 32, "schedule": "layerwise", "gain": "static"},
 ]
 WINDOWS = {"prose": 200, "smollm2": 24}  # judged, of the usual length
 SKIPPED = {"prose": 1000, "smollm2": 44}  # windows before those of calibration

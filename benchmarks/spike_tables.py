@@ -17,6 +17,7 @@ CHOSEN = {
     "prose": {("phase", 4), ("phase", 5), ("first_spike", 16)},
     "smollm2": {("phase", 5), ("phase", 6), ("phase", 7)},
 }
+ORDER = ("all", "linear", "phase", "first_spike", "rate")  # of rows
 MODELS = {"prose": "gpt2-prose-mini, prose", "smollm2": "SmolLM2-135M, WikiText-103"}
 
 
@@ -44,6 +45,7 @@ def code_of(row: dict[str, Any]) -> str:
 def training_free(name: str, title: str) -> str:
     record = read_results(RESULTS / "spike_driven" / f"{name}.json")
     stock, *rows = record["metrics"]
+    rows.sort(key=lambda row: [ORDER.index(row[key]) if key != "T" else row["T"] for key in ("sites", "code", "T")])
     table = [
         {"sites": row["sites"], "code": code_of(row), "T": row["T"], "perplexity": row["perplexity"]}
         | {"over stock": row["over_stock"], "spikes an input": row["spikes"]}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from benchmarks import (
     backbone_tables,
     calibration_tables,
+    curves,
     drawings,
     energy_tables,
     readme,
@@ -25,6 +26,7 @@ GENERATORS = (
     training_tables,
     spike_tables,
     drawings,
+    curves,
 )
 
 

