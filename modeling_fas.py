@@ -259,7 +259,13 @@ class FASMixin(PreTrainedModel):
         self.clamp_thresholds_()
         if not kwargs.setdefault("safe_serialization", True):
             raise ValueError("`safe_serialization` must be True: weights are written as safetensors only, got False.")
-        return super().save_pretrained(*args, **kwargs)
+        # FSDP2 puts a class of torch's in the place of the model's own, and its file would travel for this one.
+        kind = type(self)
+        self.__class__ = next(each for each in kind.__mro__ if not each.__module__.startswith("torch."))
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = kind
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

@@ -301,10 +301,8 @@ class _AttentionConfig:
 def _spiking_attention(name: str, module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     site, by_token = module.query_site, query.transpose(1, 2)
     flat, (T, schedule) = by_token.flatten(2), site.mode
-    if schedule == "accumulated" and T > 1:
-        flat = running_mean(site(difference(flat, T)), T)
-    else:
-        flat = site(flat)
+    accumulates = schedule == "accumulated" and T > 1
+    flat = running_mean(site(difference(flat, T)), T) if accumulates else site(flat)
     query = flat.view(by_token.shape).transpose(1, 2)
     attention = _eager_attention if name == "eager" else AttentionInterface()[name]
     return attention(module, query, *args, **kwargs)

@@ -11,12 +11,14 @@ import backbones
 from checkpoints import tiny_tokenizer
 from configuration_fas import BACKBONES, FASConfig
 from fas import convert_to_spiking
-from modeling_fas import FASGPT2LMHeadModel
+from modeling_fas import FASGPT2LMHeadModel, FASLlamaForCausalLM
 from training import convert, demo_llm
 from training.calibrate.conversion import (
     GAINS,
     POWERS,
+    _config_of,
     _fit,
+    _in_place,
     convert_and_report,
     fit_thresholds,
     summary,
@@ -89,6 +91,14 @@ def test_from_a_folder_and_in_place_give_one_model_that_is_stock_at_no_timesteps
         assert each.config.T == 5 and not each.training
         assert not torch.equal(logits(each), expected)
         assert torch.equal(logits(each.set_timesteps(0)), expected)
+
+
+def test_neurons_stand_on_the_device_of_their_layer():
+    model = stock("llama")
+    model.model.layers[1].to("meta")
+    spiking = _in_place(model, _config_of(model), FASLlamaForCausalLM)
+    devices = {name: neuron.threshold.device.type for name, neuron in spiking.neurons()}
+    assert devices == {name: "meta" if ".1." in name else "cpu" for name in devices} and len(devices) > 1
 
 
 @pytest.mark.parametrize("backbone", backbones.some(lambda backbone: backbone in FEW_BACKBONES, BACKBONES))

@@ -337,17 +337,13 @@ def test_a_converted_language_model_learns_from_its_teacher_on_the_command_line(
     assert {name for name in before if name.endswith("fine_threshold")} <= moved
 
 
-@pytest.mark.parametrize("model", ["phase-gpt2"])
-def test_two_processes_equal_one_with_the_same_global_batch(model, inputs, tmp_path):
+def test_two_processes_equal_one_with_the_same_global_batch(inputs, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    more = ["--teacher", str(inputs / "gpt2"), "--distillation_alpha", "0.5", "--hidden_weight", "0.5"]
-
-    def command(out, size):
-        found = processes.command("gpt2", "downstream", inputs, out, size, 4)
-        return [each.replace(str(inputs / "gpt2"), str(inputs / model)) for each in found] + more
-
-    run_clm.main(command(one, 8)[1:])
-    in_two_processes(run_clm.main, command(two, 4)[1:])
+    more = ["--distillation_alpha", "0.5", "--hidden_weight", "0.5"]
+    run_clm.main([*processes.command("gpt2", "distil", inputs, one, 8, 4)[1:], *more])
+    in_two_processes(run_clm.main, [*processes.command("gpt2", "distil", inputs, two, 4, 4)[1:], *more])
+    assert len(processes.losses(one)) == 4
+    assert processes.apart(processes.losses(two), processes.losses(one)) < 1e-5
     found = processes.difference(one, two)
     assert found["thresholds"] < 1e-4
     assert found["weights"] < 1e-4

@@ -1,17 +1,29 @@
 """Whole processes: two against one, killed runs, the demo, every GLUE task on made-up rows."""
 
+import os
 import random
 import shutil
-import sys
 
 import pytest
 from datasets import ClassLabel, Dataset
 
 from benchmarks import training_processes as processes
-from training import demo, run_clm, run_glue
-from training.results import read_results
+from fas import convert_to_spiking
+from training import convert, demo, run_clm, run_glue
+from training.evaluate import command as evaluate_command
+from training.results import fingerprint, read_results
 from training.tasks import GLUE_COLUMNS
-from training_helpers import in_two_processes, is_good, save_bert, save_gpt2, sentences, write_corpus, write_reviews
+from training_helpers import (
+    in_two_processes,
+    is_good,
+    largest_difference,
+    save_bert,
+    save_gpt2,
+    sentences,
+    tensors,
+    write_corpus,
+    write_reviews,
+)
 
 
 METRICS = {"cola": {"matthews_correlation"}, "stsb": {"pearson", "spearmanr"}}
@@ -31,9 +43,9 @@ def inputs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "torchrun"), [("bert", False), pytest.param("gpt2", True, marks=pytest.mark.slow)]
+    ("backbone", "launched"), [("bert", False), pytest.param("gpt2", True, marks=pytest.mark.slow)]
 )
-def test_two_processes_equal_one_with_the_same_global_batch(backbone, torchrun, inputs, tmp_path):
+def test_two_processes_equal_one_with_the_same_global_batch(backbone, launched, inputs, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     script = {"bert": run_glue, "gpt2": run_clm}[backbone]
     held_out = inputs / ("held_out.json" if backbone == "gpt2" else "test.json")
@@ -41,8 +53,8 @@ def test_two_processes_equal_one_with_the_same_global_batch(backbone, torchrun, 
     evaluation += ["--max_eval_samples", "31"]  # the last batches of two processes repeat rows: they must not count
     script.main([*processes.command(backbone, "downstream", inputs, one, 8, 8)[1:], *evaluation])
     command = [*processes.command(backbone, "downstream", inputs, two, 4, 8), *evaluation]
-    if torchrun:
-        processes.run(processes.TORCHRUN, command)
+    if launched:
+        processes.run(processes.TWO, command)
     else:
         in_two_processes(script.main, command[1:])
     results = read_results(two / "evaluation.json")
@@ -62,15 +74,38 @@ def test_two_processes_equal_one_with_the_same_global_batch(backbone, torchrun, 
 
 
 @pytest.mark.slow
+def test_a_conversion_in_two_processes_is_that_of_one_written_once(inputs, tmp_path):
+    flags = f"--sites all --calibration_file {inputs / 'corpus.json'} --tokens 128 --limit 2 --output_dir".split()
+    convert.main([str(inputs / "gpt2"), *flags, str(tmp_path / "one")])
+
+    def twice(argv):
+        convert.main(argv)
+        spiking = convert_to_spiking(str(inputs / "gpt2"), sentences(40), progress=False)  # by each process
+        (tmp_path / os.environ["RANK"]).write_text(fingerprint(spiking))
+
+    in_two_processes(twice, [str(inputs / "gpt2"), *flags, str(tmp_path / "two")])
+    assert largest_difference(tensors(tmp_path / "one"), tensors(tmp_path / "two")) == 0
+    assert processes.results(tmp_path / "two") == processes.results(tmp_path / "one")
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+
+
+def test_a_launcher_around_a_command_that_is_no_training(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    out = ["--validation_file", str(inputs / "test.json"), "--output_dir", str(tmp_path / "out")]
+    assert evaluate_command.main(["nowhere", *out]) == {}, "the first process does it"
+    with pytest.raises(ValueError, match="`fas convert` must be started once for a recipe, got a launcher around it"):
+        convert.main([str(inputs / "bert"), "--train_file", str(inputs / "train.json"), *out])
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
 def test_commands_killed_by_sigkill_end_bit_for_bit_as_if_they_had_not_been(inputs, tmp_path):
     for name in ("bert", "gpt2"):
         shutil.copytree(inputs / name, tmp_path / name)
     for name in ("train", "corpus"):
         shutil.copy(inputs / f"{name}.json", tmp_path)
     save_bert(tmp_path / "bert", dropout=0.1)
-    processes.run(
-        [sys.executable, "-m"], processes.command("bert", "downstream", tmp_path, tmp_path / "bert-qcfs", 8, 4)
-    )
+    processes.run(processes.ONE, processes.command("bert", "downstream", tmp_path, tmp_path / "bert-qcfs", 8, 4))
     for found in processes.kill_all(tmp_path, 4, random.Random(0)):
         assert found["thresholds"] == found["weights"] == found["key biases"] == found["half models"] == 0
         assert found["same results"]

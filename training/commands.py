@@ -84,6 +84,11 @@ def _is_switch(flag: str, after: str) -> bool:
     return flag == "--debug" and after.startswith("--")
 
 
+def is_first_process() -> bool:
+    """Whether no launcher started this process, or as the first: a command for one process leaves all to that one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def shell_name() -> str:
     """How the command `fas` is called in the shell that this process came from."""
     beside = Path(sys.executable).with_name("fas")

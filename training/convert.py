@@ -89,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         make_parser().parse_args(["--help"])
     if untrained.is_meant(given):
         return untrained.main(given)
+    if "RANK" in os.environ:
+        raise ValueError(
+            "`fas convert` must be started once for a recipe, got a launcher around it: its steps start processes of "
+            'their own where the recipe says `launcher: [torchrun, --standalone, --nproc_per_node, "2", -m]`.'
+        )
     recipe, flags = read_recipe(given)
     output_dir = Path(flags.pop("output_dir", recipe.get("output_dir", "")))
     steps = plan(recipe, flags, output_dir)

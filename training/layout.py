@@ -85,8 +85,9 @@ def evaluating(*models: Any) -> Iterator[None]:
 
 
 def auto_class(model: Any) -> str:
-    """The Auto class that loads models of its kind."""
-    return next(auto for auto, name in model.config.table.models.items() if name == type(model).__name__)
+    """The Auto class that loads models of its kind, which sharding may have given a class of its own below."""
+    names = {each.__name__ for each in type(model).__mro__}
+    return next(auto for auto, name in model.config.table.models.items() if name in names)
 
 
 def label(site: str) -> str:

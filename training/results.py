@@ -289,9 +289,10 @@ def hardware() -> dict[str, Any]:
 
 
 def fingerprint(model: Any) -> str:
-    """Return the SHA-256 of all weights of a model, over names and values."""
+    """Return the SHA-256 of all weights of a model, over names and values; if sharded, in all processes at once."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

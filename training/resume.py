@@ -124,7 +124,7 @@ def missing_parts(checkpoint: Path, args: FASTrainingArguments) -> list[str]:
     """What a checkpoint lacks, of all that a run needs to go on as if nothing had happened."""
     random_states = "rng_state.pth" if args.world_size <= 1 else f"rng_state_{args.process_index}.pth"
     wanted = [RUN_FILE, SCHEDULER_NAME, random_states]
-    sharded = any(checkpoint.glob("optimizer_*")) or any(checkpoint.glob("global_step*"))
+    sharded = any(any(checkpoint.glob(pattern)) for pattern in ("optimizer.bin", "optimizer_*", "global_step*"))
     wanted += [] if sharded else [OPTIMIZER_NAME]
     return [f"{name} is missing" for name in wanted if not (checkpoint / name).exists()]
 

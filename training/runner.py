@@ -383,6 +383,7 @@ def train_and_evaluate(
         tokenizer.save_pretrained(output_dir) if args.should_save else None
     timesteps = run.model.T or ([model.config.T] if run.spiking and run.stage != "calibrate" else [])
     rows = evaluate_trainer(trainer, eval_splits, timesteps) if args.do_eval else []
+    weights = fingerprint(model)  # a sharded model needs all processes for it
     if args.should_save:
         write_results(
             output_dir / RESULTS_FILE,
@@ -392,7 +393,7 @@ def train_and_evaluate(
                 "data": asdict(run.data),
                 "training": args.to_dict(),
                 "config": model.config.to_dict(),
-                "weights_sha256": fingerprint(model),
+                "weights_sha256": weights,
             },
             command=["python", *run.command],
             training=summary,

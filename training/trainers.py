@@ -149,18 +149,25 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
             compute_loss_func = batch_loss
         super().__init__(model, args, compute_loss_func=compute_loss_func, **kwargs)
         check_number("threshold_learning_rate", threshold_learning_rate, 0)
+        if self.args.fsdp and not (self.is_fsdp_enabled or self.is_fsdp_xla_enabled):
+            raise ValueError(
+                f"`fsdp` must be left out on {self.args.device.type}, where accelerate shards nothing, got "
+                f"{self.args.fsdp!r}: every process would hold the whole model."
+            )
         self.threshold_learning_rate = threshold_learning_rate
         self.add_callback(_AfterEachStep(self.data_collator))
 
     def train(self, *args, **kwargs):
-        idle = idle_parameters(self.model)  # data-parallel training waits for the gradient of all that may have one
-        for parameter in idle:
-            parameter.requires_grad_(False)
+        model: Any = self.model
+        idle = {id(each) for each in idle_parameters(model)}  # data-parallel training waits for all other gradients
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in idle]
+        for name in names:
+            model.get_parameter(name).requires_grad_(False)
         try:
             return super().train(*args, **kwargs)
         finally:
-            for parameter in idle:
-                parameter.requires_grad_(True)
+            for name in names:  # sharding has put other tensors in the place of the parameters
+                model.get_parameter(name).requires_grad_(True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
@@ -178,6 +185,13 @@ class FASTrainer(PublishMixin, Trainer):  # type: ignore[misc]
             rate = next((each for each in rates if each is not None), self.args.learning_rate)
             optimizer.add_param_group({"params": thresholds, "lr": rate, "weight_decay": 0.0})
         return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model whole, also where the checkpoints of its training are sharded."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if not _internal_call and plugin is not None and "SHARDED_STATE_DICT" in str(plugin.state_dict_type):
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

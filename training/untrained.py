@@ -20,7 +20,7 @@ from configuration_fas import SCHEDULES, FASConfig
 from .arguments import FILE_TYPES, DataArguments, check_writable, require_model_type
 from .calibrate.conversion import TOKENS, convert_and_report, summary
 from .checkpoints import remove_scratch, whole_or_nothing
-from .commands import only_run
+from .commands import is_first_process, only_run
 from .data import check_texts, load_raw, require_columns, text_column
 from .evaluate import SpikeMonitor, energy_report, evaluate
 from .evaluate.examples import load_examples, make_batches, windows
@@ -131,6 +131,8 @@ def make_parser(recipes: Sequence[str] = ()) -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     """Convert, save, judge; returns the rows of the stock and the spiking model.
 
+    Under a launcher its first process does this; the others return no rows.
+
     Raises:
         ValueError: for settings, files or a model that cannot be used.
     """
@@ -145,6 +147,9 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     if Path(args.output_dir).resolve() == Path(args.model).resolve():
         raise ValueError(f"`--output_dir` must not be the folder of the stock model, got {args.output_dir!r}.")
     check_writable(args.output_dir)
+    if not is_first_process():
+        logger.info("Converting takes one process: this one has nothing to do.")
+        return []
     with only_run(args.output_dir):
         return _convert(args, texts, config, tokenizer, argv)
 

@@ -170,8 +170,12 @@ def _in_place(model: PreTrainedModel, config: FASConfig, model_class: Any) -> An
             vars(module)["config"] = config
     model.__class__ = model_class
     spiking: Any = model
+    dtype = model.dtype
     spiking._make_spiking()
-    return spiking.to(dtype=model.dtype, device=model.device)
+    for name, neuron in spiking.neurons():  # a model may stand on several devices
+        beside = spiking.get_submodule(name.rpartition(".")[0]).parameters()
+        neuron.to(dtype=dtype, device=next(each.device for each in beside if each.dim() > 1))
+    return spiking
 
 
 def _refuse_spiking(config: Mapping[str, Any], source: Any) -> None:
@@ -258,7 +262,7 @@ def fit_thresholds(
     found: dict[str, dict[str, float]] = {}
     whole = pooled(model)
     mask = inputs.get("attention_mask")
-    tokens = None if mask is None else mask.flatten().bool()
+    tokens = None if mask is None else mask.flatten().bool().cpu()  # which chooses on every device
     handles = []
     bar = tqdm(total=len(model.neurons()), desc="thresholds", unit="site", disable=not progress)
     for placed in sites(model):

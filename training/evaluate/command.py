@@ -21,7 +21,7 @@ import modeling_fas
 from configuration_fas import SCHEDULES, FASConfig
 
 from ..arguments import check_writable, require_model_type
-from ..commands import command_parser, only_run
+from ..commands import command_parser, is_first_process, only_run
 from ..results import fingerprint, plain, read_results, write_results
 from ..shards import check_shards
 from .energy import AC_PJ, MAC_PJ, check_prices
@@ -132,11 +132,17 @@ def load_whole(model_class: Any, source: str, flag: str) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure a checkpoint, write the results as they come, and the report at the end; returns the results."""
+    """Measure a checkpoint, write the results as they come, and the report at the end; returns the results.
+
+    Under a launcher its first process does this; the others return nothing.
+    """
     args = make_parser().parse_args(argv)
     check_timesteps(args.T)
     check_prices(args.mac_pj, args.ac_pj)
     check_writable(args.output_dir)
+    if not is_first_process():
+        logger.info("Measuring takes one process: this one has nothing to do.")
+        return {}
     with only_run(args.output_dir):
         return _measured(args, argv)
 
