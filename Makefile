@@ -16,7 +16,7 @@ OLD_VENV := .venv-transformers4
 RUN := $(VENV)/bin/python
 OLD_RUN := $(OLD_VENV)/bin/python
 
-.PHONY: help demo demo-llm notebooks test test-slow test-matrix quality style bench tables docs clean
+.PHONY: help demo demo-llm notebooks test test-slow test-matrix quality style bench tables checkpoints docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -55,6 +55,9 @@ bench: $(VENV)/.installed ## the benchmarks of speed, one CPU thread (BENCHMARKS
 
 tables: $(VENV)/.installed ## write every generated part of README and docs (ARGS=--check: only say what is out of date)
 	$(RUN) -m benchmarks.tables $(ARGS)
+
+checkpoints: $(VENV)/.installed-llm ## make the checkpoints that model_cards/ describes, and their cards (ARGS=NAME for one; an hour)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m benchmarks.checkpoints $(ARGS)
 
 docs: $(VENV)/.installed ## build the documentation site, offline; a broken link or docstring fails (build/docs/index.html)
 	$(RUN) -m sphinx -W --keep-going -q -c docs . build/docs

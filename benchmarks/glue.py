@@ -318,7 +318,8 @@ def main() -> None:
                 "spike_driven": DISTILLED | {"batch": 32, "calibration": "64 rows"},
             }
             for row in rows_of(task, seed, done, not args.without_calibration):
-                done.append(row | {"commit": COMMIT})
+                saved = read_results(path)["metrics"] if path.is_file() else []  # another seed may run beside this one
+                done[:] = [*saved, row | {"commit": COMMIT}]
                 write_results(path, metrics=done, configuration=configuration)
                 print(name, markdown_table(done[-1:]), flush=True)
 

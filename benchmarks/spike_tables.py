@@ -174,17 +174,30 @@ def pick(row: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def accumulated() -> str:
     tables = []
-    for path in sorted((RESULTS / "accumulated").glob("*.json")):
-        table = list(accumulated_rows(path))
-        tables += [markdown_table(table, digits=4), wrapped(source(read_results(path)))]
+    for path in accumulated_files():
+        if table := list(accumulated_rows(path)):
+            tables += [markdown_table(table, digits=4), wrapped(source(read_results(path)))]
     return "\n\n".join(tables)
+
+
+def accumulated_files() -> list[Path]:
+    """Results of the schedules: of `accumulated.py`, and of `glue.py` for the tasks that are not among those."""
+    own = sorted((RESULTS / "accumulated").glob("*.json"))
+    known = {path.name for path in own}
+    return own + [path for path in sorted((RESULTS / "glue").glob("*.json")) if path.name not in known]
 
 
 def accumulated_rows(*paths: Path) -> Iterator[dict[str, Any]]:
     """Mean divergence from QCFS by schedule, a row for each task and T that all seeds have."""
-    for path in paths or sorted((RESULTS / "accumulated").glob("*.json")):
+    for path in paths or accumulated_files():
         record = read_results(path)
-        rows = [row for row in record["metrics"] if not row["searched"]]
+        rows = [
+            row
+            for row in record["metrics"]
+            if row.get("model", "fas") == "fas"
+            and row.get("calibration", "none") == "none"
+            and not row.get("searched")
+        ]
         seeds = sorted({row["seed"] for row in rows})
         by = {(row["seed"], row["T"], row["schedule"]): row["divergence"] for row in rows}
         for T in sorted({row["T"] for row in rows}):

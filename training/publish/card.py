@@ -63,6 +63,7 @@ class CardOptions:
     license: str | None = None
     language: Sequence[str] | None = None
     base_model: str | None = None
+    commands: Sequence[str] = ()  # that make the checkpoint again
 
 
 def build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: str | None = None) -> ModelCard:
@@ -118,6 +119,8 @@ def _build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: st
         calibration=_calibration(config, sources.calibration),
         record=_record_tables(history) or _conversion(sources.conversion),
         settings=_settings(config),
+        weights=measured and measured.content["configuration"].get("weights_sha256"),
+        commands=options.commands,
         code=sources.code,
         limit=f"Inputs of at most {limit} tokens{', generated ones included' if table.causal else ''}.",
     )
@@ -188,6 +191,7 @@ def inherited_options(folder: Path, options: CardOptions) -> CardOptions:
         license=options.license or first("license"),
         language=[language] if isinstance(language, str) else language,
         base_model=options.base_model or own.get("base_model"),  # the base of the base is another
+        commands=options.commands,
     )
 
 

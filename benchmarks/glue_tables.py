@@ -1,0 +1,122 @@
+"""The tables of glue.md and ablations.md: `python -m benchmarks.glue_tables [--check]`."""
+
+import statistics
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.pages import RESULTS, Part, command, source, wrapped
+from benchmarks.spike_tables import code_of
+from training.results import markdown_table, read_results
+
+
+PAGE, ABLATIONS = "benchmarks/glue.md", "benchmarks/ablations.md"
+ORDER = ("sst2", "cola", "stsb", "rte", "wnli", "qqp", "mnli")
+MEASURES = {"cola": "matthews_correlation", "stsb": "pearson"}  # else accuracy
+ANN = "ANN (GELU)"
+CALIBRATIONS = {"none": "", "neuron": ", searched", "fine": ", calibrated", "published": ", published calibration"}
+
+
+def parts() -> Iterator[Part]:
+    records = {name: read_results(path) for name in ORDER if (path := RESULTS / "glue" / f"{name}.json").is_file()}
+    yield Part(PAGE, "scores", scores(records))
+    yield Part(PAGE, "costs", markdown_table(costs(records), digits=2))
+    yield Part(ABLATIONS, "ablations", ablations())
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """What a row is of, in words; empty for a trial of a rate."""
+    if row["model"] == "trial":
+        return ""
+    if row["model"] == "gelu":
+        return ANN
+    taught = ", distilled" if row.get("distilled") else ""
+    if row["model"] == "qcfs":
+        return f"QCFS{taught or ', labels alone'}"
+    if row["model"] == "spike-driven":
+        return f"all spikes, {code_of(row)}, T = {row['T']}{taught or ', no training'}"
+    return f"FAS, {row['schedule']}, T = {row['T']}{CALIBRATIONS[row['calibration']]}"
+
+
+def by_name(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in record["metrics"]:
+        if name := name_of(row):
+            found.setdefault(name, []).append(row)
+    return found
+
+
+def names_in(records: dict[str, Any]) -> list[str]:
+    """Of all tasks: the ANN, QCFS, through time, then spikes in every product."""
+    names = dict.fromkeys(name for record in records.values() for name in by_name(record))
+    kinds = (ANN, "QCFS", "FAS, layer", "FAS, step", "FAS, acc", "all")
+    return sorted(names, key=lambda name: (next(i for i, kind in enumerate(kinds) if name.startswith(kind)), name))
+
+
+def scores(records: dict[str, Any]) -> str:
+    rows = []
+    tasks = {task: (by_name(record), MEASURES.get(task, "accuracy")) for task, record in records.items()}
+    means = {
+        task: {name: statistics.mean(row[measure] for row in found) for name, found in named.items()}
+        for task, (named, measure) in tasks.items()
+    }
+    for name in names_in(records):
+        row: dict[str, Any] = {"model": name}
+        for task, (named, measure) in tasks.items():
+            values = [each[measure] for each in named.get(name, [])]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            row[task] = f"{statistics.mean(values):.1f}{spread}" if values else None
+        below = [found[name] - found[ANN] for found in means.values() if name in found and ANN in found]
+        row["mean over its ANN"] = f"{statistics.mean(below):+.2f} ({len(below)} tasks)" if below else None
+        rows.append(row)
+    settings = {task: record["configuration"] for task, record in records.items()}
+    notes = [
+        f"{task}: {each['judged']}, {each['train'].partition(',')[0]} of training" for task, each in settings.items()
+    ]
+    about = f"{'; '.join(notes)}. ± is the deviation over seeds; without it one seed. "
+    about += " ".join(f"{task}: {source(record)}" for task, record in records.items())
+    return f"{markdown_table(rows)}\n\n{wrapped(about)}"
+
+
+def costs(records: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Spikes, energy and reads over the ANN's, the mean over tasks."""
+    for name in names_in(records):
+        found = [row for record in records.values() for row in by_name(record).get(name, []) if "energy" in row]
+        if found:
+            means = {key: statistics.mean(row[key] for row in found) for key in ("spikes", "energy", "reads")}
+            yield {"model": name, "spikes an input": means["spikes"]} | {
+                key: means[key] for key in ("energy", "reads")
+            }
+
+
+def ablations() -> str:
+    record = read_results(RESULTS / "ablations.json")
+    rows: list[dict[str, Any]] = []
+
+    def add(question: str, answer: str, row: dict[str, Any], model: str = "GPT-2, prose") -> None:
+        code = code_of({name: value for name, value in row.items() if name not in ("schedule", "gain")})
+        rows.append(
+            {"what": question, "choice": answer, "model": model, "code": code, "T": row["T"]}
+            | {"over stock": row["over_stock"], "spikes an input": row.get("spikes")}
+            | {"energy": row.get("energy"), "reads": row.get("reads")}
+        )
+
+    for row in record["metrics"][1:]:
+        add(row["question"], row["answer"], row)
+    for row in read_results(RESULTS / "spike_driven" / "prose.json")["metrics"][1:]:
+        if row["sites"] == "all" and row.get("length", 128) == 128:
+            add("code and T", code_of(row), row)
+    for row in read_results(RESULTS / "distillation.json")["metrics"]:
+        if row["kind"] == "distilled":
+            for when, steps in (("before", "none"), ("after", f"distilled, {row['steps']} steps")):
+                add("training", steps, row | row[when] | {"over_stock": row[f"{when}_over_stock"]})
+    for row in read_results(RESULTS / "rotation.json")["metrics"][1:]:
+        add("rotation", row["rotation"], {"code": "phase", **row}, "SmolLM2, WikiText")
+    rows.sort(key=lambda row: row["what"])
+    about = f"Perplexity over the stock model's. {record['configuration']['judged']}; thresholds from "
+    about += f"{record['configuration']['calibration']}. {source(record)}"
+    return f"{markdown_table(rows, digits=3)}\n\n{wrapped(about)}"
+
+
+if __name__ == "__main__":
+    sys.exit(command(parts))
