@@ -78,13 +78,13 @@ def results_of(
     return record
 
 
-def write_json(path: str | os.PathLike, content: Any) -> None:
+def write_json(path: str | os.PathLike, content: Any, indent: int | None = 2) -> None:
     """Write JSON to a temporary file beside `path`, then rename it, so that a killed process leaves no half file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(plain(content), indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"`{path}` must be a file that can be written, on a disk with room, got: {error}.") from error

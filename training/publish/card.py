@@ -29,7 +29,7 @@ PIPELINES = {
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForMultipleChoice": "multiple-choice",
 }
-COST = ("spike_rate", "energy_ratio")
+COST = ("spike_rate", "energy_ratio", "reads_ratio")
 METRIC_NAMES = {
     "f1": "F1",
     "matthews_correlation": "Matthews correlation",
@@ -102,6 +102,7 @@ def _build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: st
         template_path=str(TEMPLATE),
         name=repo_id.rpartition("/")[2],
         converted=bool(sources.conversion),
+        rate=config.get("code", "rate") == "rate",
         repo_id=repo_id,
         backbone=table.title,
         task=PIPELINES[auto_class].replace("-", " "),
@@ -112,10 +113,11 @@ def _build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: st
         mode=f', T={config["T"]}, schedule="{config["schedule"]}"' if config["T"] else ", T=4",
         spikes=_what_spikes(config, table, auto_class),
         rest=_what_does_not(config, auto_class),
-        quality=_quality_table(measured),
+        quality=_quality_table(measured, bool(sources.conversion)),
         source=measured.file if measured else "",
         cost=_cost_table(rows),
         energy=_energy_constants(rows),
+        reads=any("reads_ratio" in row.get("energy", {}) for row in rows),
         calibration=_calibration(config, sources.calibration),
         record=_record_tables(history) or _conversion(sources.conversion),
         settings=_settings(config),
@@ -281,11 +283,14 @@ def _count(row: Mapping[str, Any]) -> str | None:
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    return escaped_row(flat(row) | {"mode": mode_name(row)})
+    reads = row.get("energy", {}).get("reads_ratio")
+    return escaped_row(flat(row) | {"mode": mode_name(row), "reads_ratio": reads})
 
 
-def _quality_table(measured: Record | None) -> str:
+def _quality_table(measured: Record | None, converted: bool) -> str:
     rows = measured.rows if measured else []
+    if converted and any(row["mode"] == "stock" for row in rows):
+        rows = [row for row in rows if row["mode"] != "qcfs"]  # the same network again
     metrics = list(dict.fromkeys(escaped(metric) for row in rows for metric in _metrics(row)))
     if measured is None or not metrics:
         return ""

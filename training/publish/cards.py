@@ -33,7 +33,8 @@ def write_card(folder: Path, repo_id: str, options: CardOptions, path: Path) -> 
         for record in sources.records:
             record.check(weights, folder)
     sources.forget_paths()
-    write_json(path.with_suffix(".json"), {"repo_id": repo_id, "options": options, "sources": sources})
+    content = {"repo_id": repo_id, "options": options, "sources": sources}
+    write_json(path.with_suffix(".json"), content, indent=None)  # of a large model, in a quarter of the bytes
     build_card(sources, repo_id, options).save(path)
 
 
