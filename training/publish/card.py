@@ -373,7 +373,7 @@ def _conversion(record: Record | None) -> str:
         return ""
     settings, metrics = record.content["configuration"], record.content["metrics"]
     seconds = metrics.get("conversion_seconds")
-    took = f", in {seconds:.0f} s" if isinstance(seconds, int | float) else ""
+    took = f", in {seconds:.2f} s" if isinstance(seconds, int | float) else ""
     text = f"Converted without training: thresholds of least squared error on {escaped(settings['tokens'])} tokens of "
     text += f"{escaped(Path(str(settings['calibration_file'])).name)}{took}."
     kinds = [escaped_row({str(key): value for key, value in row.items()}) for row in metrics.get("kinds") or ()]
