@@ -3,8 +3,9 @@
     python -m benchmarks.accumulated [--task prose] [--seed 0 1 2] [--T 2 4 8]
 
 Judges each schedule by its score and by the divergence of its logits from those of QCFS: Kullback-Leibler, or the
-squared error of a regression. Classifiers are those of `benchmarks/trained_out.py`; the language model is that
-of `benchmarks/calibration_quality.py`. A row is saved as it ends; the same command goes on from there.
+squared error of a regression. Classifiers are those of `benchmarks/trained_out.py`, the language model that of
+`benchmarks/calibration_quality.py`; SST-2 is among the tasks of `benchmarks/glue.py`. A row is saved as it ends; the
+same command goes on from there.
 """
 
 import argparse
