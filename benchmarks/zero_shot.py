@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from training.results import commit, fingerprint, markdown_table, read_results, write_results
 
 from ._calibration_tasks import Prose
-from .spike_driven import FAS, MODELS, SETTINGS, SHARED, calibration_text, converted, spiking_cost
+from .spike_driven import FAS, MODELS, SETTINGS, SHARED, calibration_text, converted, distilled_row, spiking_cost
 
 
 RESULTS = Path(__file__).parent / "results" / "zero_shot"
@@ -82,11 +82,7 @@ def settings_of(name: str, only: list[int] | None, distilled: Path | None) -> li
     """Rows of settings, that of the stock model first."""
     rows = [QCFS, *FAS] if name == "fas" else SPIKING
     rows = rows if only is None else [rows[number] for number in only]
-    if distilled is not None:
-        config = AutoConfig.from_pretrained(distilled)
-        shown = {key: getattr(config, key) for key in ("sites", "code", "T", "schedule", "code_base")}
-        rows = [*rows, shown | {"distilled": distilled.name}]
-    return [STOCK, *rows]
+    return [STOCK, *rows, *([distilled_row(distilled)] if distilled else [])]
 
 
 def build(name: str, row: dict[str, Any], tokenizer: Any, distilled: Path | None) -> Any:
