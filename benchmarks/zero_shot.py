@@ -1,6 +1,6 @@
 """Zero-shot answers of language models to SST-2, RTE and MNLI, by lm-evaluation-harness.
 
-    python -m benchmarks.zero_shot smollm2|prose|fas [--rows 277] [--only 0 3 4] [--distilled FOLDER]
+    python -m benchmarks.zero_shot smollm2|prose|fas [--rows 100] [--only 0 3 4] [--distilled FOLDER]
 
 `smollm2` and `prose` are the models of `benchmarks.spike_driven` and its thresholds, which saw no row of a task; `fas`
 is gpt2-prose-mini with QCFS, spikes in its MLPs. Asked are the first rows of each validation file of
@@ -102,7 +102,7 @@ def name_of(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=[*MODELS, "fas"])
-    parser.add_argument("--rows", type=int, default=277, help="of each task; by default 277, all that RTE has")
+    parser.add_argument("--rows", type=int, default=100, help="of each task; by default 100")
     parser.add_argument(
         "--only", type=int, nargs="*", help="numbers of the only settings, from 0; stock is always one"
     )
