@@ -9,6 +9,7 @@ from benchmarks import (
     curves,
     drawings,
     energy_tables,
+    language_tables,
     readme,
     speed_tables,
     spike_tables,
@@ -25,6 +26,7 @@ GENERATORS = (
     calibration_tables,
     training_tables,
     spike_tables,
+    language_tables,
     drawings,
     curves,
 )
