@@ -11,6 +11,7 @@ from benchmarks import (
     energy_tables,
     language_tables,
     readme,
+    sizing_tables,
     speed_tables,
     spike_tables,
     training_tables,
@@ -27,6 +28,7 @@ GENERATORS = (
     training_tables,
     spike_tables,
     language_tables,
+    sizing_tables,
     drawings,
     curves,
 )
