@@ -64,17 +64,18 @@ def zero_shot(name: str, short: bool = False) -> str:
     rows = [row for row in record["metrics"] if row["asked"] == asked]
     settings = list(dict.fromkeys((*identity(row), row.get("distilled")) for row in rows))
     of_stock = {row["task"]: row for row in rows if row["code"] == "stock"}
+    tasks = {task: about for task, about in TASKS.items() if task in of_stock}
     table = [
-        {"sites": "–", "code": "chance", "T": None} | {title: f"{100 / count:.1f}" for title, count in TASKS.values()},
+        {"sites": "–", "code": "chance", "T": None} | {title: f"{100 / count:.1f}" for title, count in tasks.values()},
         {"sites": "–", "code": "always the commonest label", "T": None}
-        | {title: f"{commonest(of_stock[task]['labels']):.1f}" for task, (title, _) in TASKS.items()},
+        | {title: f"{commonest(of_stock[task]['labels']):.1f}" for task, (title, _) in tasks.items()},
     ]
     for each in settings:
         found = {row["task"]: row for row in rows if (*identity(row), row.get("distilled")) == each}
         some = next(iter(found.values()))
         line = named(some)
         line["code"] += ", distilled" if some.get("distilled") else ""
-        for task, (title, _) in TASKS.items():
+        for task, (title, _) in tasks.items():
             if task in found:
                 row = found[task]
                 line[title] = f"{row['accuracy']:.1f} ± {row['sampling_error']:.1f}"
@@ -84,10 +85,10 @@ def zero_shot(name: str, short: bool = False) -> str:
             line[cost] = sum(costs) / len(costs) if costs else None
         table.append(line)
     columns = ["code", "T"] if short else ["sites", "code", "T"]
-    columns += [column for title, _ in TASKS.values() for column in (title, f"{title}, as stock")]
+    columns += [column for title, _ in tasks.values() for column in (title, f"{title}, as stock")]
     columns += ["energy", "reads"]
     settings = record["configuration"]
-    numbers = ", ".join(f"{of_stock[task]['n']} rows of {title}" for task, (title, _) in TASKS.items())
+    numbers = ", ".join(f"{of_stock[task]['n']} rows of {title}" for task, (title, _) in tasks.items())
     about = (
         f"The first {numbers}; accuracy in % ± sampling error; answers that are the stock model's in %; energy and "
     )
