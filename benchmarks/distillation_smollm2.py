@@ -1,6 +1,6 @@
 """Short distillation of SmolLM2-135M, fully spike-driven: perplexity over stock before and after, spikes, energy.
 
-    SMOLLM2=FOLDER python -m benchmarks.distillation_smollm2 [--steps 100] [--only 0]
+    SMOLLM2=FOLDER python -m benchmarks.distillation_smollm2 [--steps 100] [--only 0] [--keep FOLDER]
 
 FOLDER is what `benchmarks/smollm2.py` makes. Of WikiText-103 we have the validation text only: its first windows are
 judged; calibration, the choice of rates and training have later ones, each window for one use. A row is
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--only", type=int, help="Number of the only setting to measure.")
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--keep", type=Path, help="folder that trained models are saved in, by code and steps")
     parser.add_argument("--work", type=Path, default=Path("/tmp/fas-distillation-smollm2"))
     args = parser.parse_args()
     if not 1 <= args.steps * BATCH <= PARTS["train"][0]:
@@ -134,6 +135,8 @@ def main() -> None:
             seconds = distil(
                 model, stock, data["train"], args.steps, rates, args.work / f"{settings['code']}-{args.steps}"
             )
+            if args.keep:
+                model.save_pretrained(args.keep / f"{settings['code']}-{args.steps}")
             after = measured(model, data["judged"], before) | {"held_out": perplexity(model, data["held_out"])}
             keep(
                 row | {"rates": list(rates), "step_seconds": seconds} | after | {"weights_sha256": fingerprint(model)}

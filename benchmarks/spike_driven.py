@@ -1,6 +1,6 @@
 """Spikes into every product without training: quality, spikes, energy and reads of each code, beside the stock model.
 
-    python -m benchmarks.spike_driven prose|smollm2|fas [--length 128] [--windows 200] [--only 2 3]
+    python -m benchmarks.spike_driven prose|smollm2|fas [--length 128] [--only 2 3] [--distilled FOLDER]
 
 Thresholds are fitted to training text (prose) or to a later part of the validation text (WikiText, of which we have no
 other part), never to the windows that are judged, and to the same text whatever `--length` is judged. `fas` is
@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from fas import SpikeMonitor, convert_to_spiking, energy_report
@@ -117,6 +117,12 @@ def converted(path: Path, row: Mapping[str, Any], calibration: torch.Tensor) -> 
     )
 
 
+def distilled_row(folder: Path) -> dict[str, Any]:
+    """The settings of a distilled model, and its name."""
+    config = AutoConfig.from_pretrained(folder)
+    return {name: getattr(config, name) for name in ("sites", "code", "T", "code_base")} | {"distilled": folder.name}
+
+
 def judge(model: Any, rows: torch.Tensor) -> dict[str, Any]:
     """What is measured of a spiking model."""
     measured, length = {"perplexity": perplexity(model, rows)}, rows.shape[1]
@@ -137,7 +143,8 @@ def main() -> None:
     parser.add_argument("model", choices=[*MODELS, "fas"])
     parser.add_argument("--length", type=int, help="tokens of a window that is judged; by default 256, of prose 128")
     parser.add_argument("--windows", type=int, help="how many; by default 24 of 256 tokens, of prose 200 of 128")
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of the only settings to measure, from 0")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of the only settings to measure, from 0")
+    parser.add_argument("--distilled", type=Path, help="folder of a distilled model, which is one more row")
     args = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
@@ -172,12 +179,18 @@ def main() -> None:
             with task.qcfs(0).running(0) as model:
                 done.append({"sites": "mlp", "code": "QCFS", "perplexity": perplexity(model, rows), "commit": COMMIT})
     settings = FAS if fas else SETTINGS
-    for each in settings if args.only is None else [settings[number] for number in args.only]:
+    settings = settings if args.only is None else [settings[number] for number in args.only]
+    for each in [*settings, *([distilled_row(args.distilled)] if args.distilled else [])]:
         row = {"schedule": "layerwise", "code_base": None, "gain": None} | each
         if any(row.items() <= found.items() for found in done):
             continue
         start = time.perf_counter()
-        model = task.qcfs(0).set_timesteps(row["T"], row["schedule"]) if fas else converted(path, row, calibration)
+        if "distilled" in row:
+            model = AutoModelForCausalLM.from_pretrained(args.distilled, dtype="float32").eval()
+        elif fas:
+            model = task.qcfs(0).set_timesteps(row["T"], row["schedule"])
+        else:
+            model = converted(path, row, calibration)
         seconds = time.perf_counter() - start
         done.append(row | judge(model, rows) | ({} if fas else {"conversion_seconds": seconds}))
         done[-1]["over_stock"] = done[-1]["perplexity"] / done[0]["perplexity"]

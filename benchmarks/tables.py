@@ -10,7 +10,9 @@ from benchmarks import (
     drawings,
     energy_tables,
     glue_tables,
+    language_tables,
     readme,
+    sizing_tables,
     speed_tables,
     spike_tables,
     training_tables,
@@ -27,6 +29,8 @@ GENERATORS = (
     training_tables,
     spike_tables,
     glue_tables,
+    language_tables,
+    sizing_tables,
     drawings,
     curves,
 )

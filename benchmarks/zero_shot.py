@@ -1,6 +1,6 @@
 """Zero-shot answers of language models to SST-2, RTE and MNLI, by lm-evaluation-harness.
 
-    python -m benchmarks.zero_shot smollm2|prose|fas [--rows 277] [--only 0 3 4] [--distilled FOLDER]
+    python -m benchmarks.zero_shot smollm2|prose|fas [--rows 100] [--only 0 3 4] [--distilled FOLDER]
 
 `smollm2` and `prose` are the models of `benchmarks.spike_driven` and its thresholds, which saw no row of a task; `fas`
 is gpt2-prose-mini with QCFS, spikes in its MLPs. Asked are the first rows of each validation file of
@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from training.results import commit, fingerprint, markdown_table, read_results, write_results
 
 from ._calibration_tasks import Prose
-from .spike_driven import FAS, MODELS, SETTINGS, SHARED, calibration_text, converted, spiking_cost
+from .spike_driven import FAS, MODELS, SETTINGS, SHARED, calibration_text, converted, distilled_row, spiking_cost
 
 
 RESULTS = Path(__file__).parent / "results" / "zero_shot"
@@ -82,11 +82,7 @@ def settings_of(name: str, only: list[int] | None, distilled: Path | None) -> li
     """Rows of settings, that of the stock model first."""
     rows = [QCFS, *FAS] if name == "fas" else SPIKING
     rows = rows if only is None else [rows[number] for number in only]
-    if distilled is not None:
-        config = AutoConfig.from_pretrained(distilled)
-        shown = {key: getattr(config, key) for key in ("sites", "code", "T", "schedule", "code_base")}
-        rows = [*rows, shown | {"distilled": distilled.name}]
-    return [STOCK, *rows]
+    return [STOCK, *rows, *([distilled_row(distilled)] if distilled else [])]
 
 
 def build(name: str, row: dict[str, Any], tokenizer: Any, distilled: Path | None) -> Any:
@@ -106,7 +102,7 @@ def name_of(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=[*MODELS, "fas"])
-    parser.add_argument("--rows", type=int, default=277, help="of each task; by default 277, all that RTE has")
+    parser.add_argument("--rows", type=int, default=100, help="of each task; by default 100")
     parser.add_argument(
         "--only", type=int, nargs="*", help="numbers of the only settings, from 0; stock is always one"
     )

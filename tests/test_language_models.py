@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import curves
+from benchmarks import curves, language_tables
 from benchmarks.pages import RESULTS, ROOT
 from training.results import read_results
 
@@ -75,6 +75,19 @@ def test_points_of_the_figure_stand_where_the_files_say(tmp_path, monkeypatch):
 def test_every_row_has_its_place_in_the_legend():
     for name in curves.MODELS:
         assert {key[:3] for key in curves.lines_of(curves.rows_of(name))} <= set(curves.KINDS)
+
+
+def test_a_table_of_answers_has_what_is_there_so_far(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_tables, "RESULTS", tmp_path)
+    assert language_tables.zero_shot("prose").endswith("not measured yet.")
+    row = {"sites": "–", "code": "stock", "task": "rte", "asked": 4, "n": 4, "labels": "0010"}
+    row |= {"accuracy": 50.0, "sampling_error": 28.9, "as_stock": 100.0}
+    record = {"metrics": [row], "configuration": {"calibration": "", "lm_eval": ""}}
+    (tmp_path / "zero_shot").mkdir()
+    (tmp_path / "zero_shot" / "prose.json").write_text(json.dumps(record))
+    table = language_tables.zero_shot("prose", short=True)
+    assert "| always the commonest label | – | 75.0 |" in table and "| stock | – | 50.0 ± 28.9 |" in table
+    assert "4 rows of RTE;" in " ".join(table.split()) and "SST-2" not in table
 
 
 @needs_data
