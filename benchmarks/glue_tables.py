@@ -67,7 +67,7 @@ def scores(records: dict[str, Any]) -> str:
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             row[task] = f"{statistics.mean(values):.1f}{spread}" if values else None
         below = [found[name] - found[ANN] for found in means.values() if name in found and ANN in found]
-        row["mean over its ANN"] = f"{statistics.mean(below):+.2f} ({len(below)} tasks)" if below else None
+        row["mean of tasks over its ANN (tasks)"] = f"{statistics.mean(below):+.2f} ({len(below)})" if below else None
         rows.append(row)
     settings = {task: record["configuration"] for task, record in records.items()}
     notes = [
