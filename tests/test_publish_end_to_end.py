@@ -201,7 +201,7 @@ def test_a_spoiled_folder_uploads_nothing(hub, tmp_path):
     tiny_checkpoint(tmp_path / "made", "gpt2")
     code = tmp_path / "made" / "neurons_fas.py"
     text = code.read_text()
-    code.write_text(text.replace("new_full((), most)", "new_full((), most + 1)"))
+    code.write_text(text.replace("div_(_number(most, z))", "div_(_number(most + 1, z))"))
     assert code.read_text() != text
     done = cli(hub, tmp_path, tmp_path / "made", "tester/tiny")
     assert done.returncode == 1 and "`neurons_fas.py` must be, byte for byte" in done.stdout
