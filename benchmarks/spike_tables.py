@@ -30,6 +30,7 @@ def parts() -> Iterator[Part]:
     yield Part(SHORT, "accumulated", markdown_table([row for row in accumulated_rows() if row["T"] == 4]))
     yield Part(PAGE, "rotation", rotation())
     yield Part(PAGE, "neurobench", neurobench())
+    yield Part(PAGE, "threads", threads())
 
 
 def code_of(row: dict[str, Any]) -> str:
@@ -213,6 +214,17 @@ def accumulated_rows(*paths: Path) -> Iterator[dict[str, Any]]:
                 | means
                 | {"gap of stepwise closed": f"{100 * (1 - means['accumulated'] / means['stepwise']):.1f} %"}
             )
+
+
+def threads() -> str:
+    record = read_results(RESULTS / "threads.json")
+    table = [
+        {"code": code_of(row), "T": row["T"], "threads": row["threads"], "perplexity": f"{row['perplexity']:.6f}"}
+        | {name: f"{row[name]:.6f}" for name in ("spikes", "energy", "reads")}
+        | {"weights": row["weights_sha256"][:8]}
+        for row in record["metrics"]
+    ]
+    return "\n\n".join([markdown_table(table), wrapped(source(record))])
 
 
 def neurobench() -> str:
