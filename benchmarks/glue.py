@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     set_seed,
@@ -34,7 +33,7 @@ from training.results import commit, fingerprint, markdown_table, read_results, 
 from training.tasks import GLUE_COLUMNS
 from training.trainers import FASTrainer
 
-from ._calibration_tasks import CACHE, MINILM, _parquet, _save
+from ._calibration_tasks import CACHE, MINILM, Glue, _parquet, _save
 from .calibration_quality import SETTINGS, calibrate
 from .distillation import arguments, trained
 from .spike_driven import spiking_cost
@@ -65,11 +64,13 @@ CALIBRATED = [(T, how) for T in (4, 8) for how in ("neuron", "fine", "published"
 COMMIT = commit()  # of the code that runs, which may be edited meanwhile
 
 
-class Task:
-    """Rows, batches and scores of a task; also what `calibration_quality.calibrate` asks of one."""
+class Task(Glue):
+    """Rows, models and scores of a task, its batches those of [`Glue`], as `calibration_quality.calibrate` takes it.
 
-    kind = "glue"
-    tokenizer = AutoTokenizer.from_pretrained(MINILM)
+    `rate` is the learning rate of the ANN, once it is chosen.
+    """
+
+    rate: float
     widest: ClassVar = {1: 64, 2: 128}  # tokens, by number of columns
 
     def __init__(self, name: str, work: Path):
@@ -111,29 +112,19 @@ class Task:
     def validation(self) -> list[dict[str, Any]]:
         return self._rows("validation", TASKS[self.name].get("judged"))
 
-    def collate(self, rows: list[dict[str, Any]], length: int | None = None) -> dict[str, torch.Tensor]:
-        padding: dict[str, Any] = {"padding": "max_length", "max_length": length} if length else {"padding": True}
-        return dict(self.tokenizer.pad(rows, return_tensors="pt", **padding))
-
-    def batches(self, rows: list[dict[str, Any]], size: int = 64) -> list[dict[str, torch.Tensor]]:
-        """Of rows of like length."""
-        rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-        return [self.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
-
     def calibration_batches(self, steps: int, size: int, seed: int, length: int | None = None):
         """Training rows, chosen by seed, without labels."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(100 + seed)).tolist()
-        rows = [{**self.train[order[i % len(order)]]} for i in range(steps * size)]
-        for row in rows:
-            del row["labels"]
-        return [self.collate(rows[i : i + size], length) for i in range(0, len(rows), size)]
+        rows = [self.train[order[i % len(order)]] for i in range(steps * size)]
+        batches = [self._collate(rows[i : i + size], length) for i in range(0, len(rows), size)]
+        return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
 
     @torch.inference_mode()
     def judged(self, model, rows: list[dict[str, Any]]) -> tuple[dict[str, float], torch.Tensor]:
         """Scores in percent, and the logits."""
         model.eval()
         found, logits = [], []
-        for batch in self.batches(rows):
+        for batch in self.batches(rows, 64):
             logits.append(model(**batch).logits)
             found.append(self.metric.of(logits[-1], batch["labels"]))
         scores = self.metric.result(torch.cat(found).numpy())
@@ -183,13 +174,13 @@ class Task:
         shutil.rmtree(self.folder / f"try-{rate}")
         return self.judged(model, self.held_out)[0][self.measure]
 
-    def gelu(self, seed: int, rate: float | None = None):
+    def gelu(self, seed: int):
         """The ANN at its best epoch."""
         name, options = f"gelu-{seed}", TASKS[self.name]
         if not (self.folder / name).is_dir():
             settings = self.settings(
                 name,
-                (rate, None),
+                (self.rate, None),
                 options["batch"],
                 seed=seed,
                 num_train_epochs=options["epochs"],
@@ -212,7 +203,7 @@ class Task:
         """Seed of the ANN that a seed of everything else starts from."""
         return seed % TASKS[self.name]["anns"]
 
-    def qcfs(self, seed: int, distilled: bool = True, rate: float | None = None):
+    def qcfs(self, seed: int, distilled: bool = True):
         name = f"qcfs-{'distilled' if distilled else 'plain'}-{seed}"
         if not (self.folder / name).is_dir():
             teacher = self.gelu(self.ann_of(seed))
@@ -220,7 +211,7 @@ class Task:
             model = FASBertForSequenceClassification.from_pretrained(self.folder / f"gelu-{self.ann_of(seed)}", L=8)
             steps = min(QCFS["most_steps"], int(QCFS["epochs"] * len(self.train) / 32))
             settings = self.settings(
-                name, (QCFS["rate"] * rate, QCFS["threshold_rate"]), 32, seed=seed, max_steps=steps
+                name, (QCFS["rate"] * self.rate, QCFS["threshold_rate"]), 32, seed=seed, max_steps=steps
             )
             more = {"teacher": teacher, "hidden_weight": 1.0} if distilled else {}
             self.fit(name, model, settings, FASDistillationTrainer if distilled else FASTrainer, **more)
@@ -255,16 +246,16 @@ def rows_of(task: Task, seed: int, done: list[dict[str, Any]], late: bool):
         if missing(row):
             yield row | {"held_out": task.tried(rate)}
     trials = [each for each in done if each["model"] == "trial"]
-    rate = max(trials, key=lambda each: each["held_out"])["rate"]
+    task.rate = max(trials, key=lambda each: each["held_out"])["rate"]
     own = task.ann_of(seed)
     row = {"model": "gelu", "seed": own}
     if missing(row):
-        model = task.gelu(own, rate)
-        yield row | {"rate": rate} | scored(model, held_out=task.judged(model, task.held_out)[0][task.measure])
+        model = task.gelu(own)
+        yield row | {"rate": task.rate} | scored(model, held_out=task.judged(model, task.held_out)[0][task.measure])
     for distilled in (True, False):
         row = {"model": "qcfs", "seed": seed, "distilled": distilled}
         if missing(row):
-            model = task.qcfs(seed, distilled, rate)
+            model = task.qcfs(seed, distilled)
             yield row | scored(model, held_out=task.judged(model, task.held_out)[0][task.measure])
     for code in SPIKE_DRIVEN:
         for distilled in (False, True):

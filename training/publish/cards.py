@@ -34,7 +34,7 @@ def write_card(folder: Path, repo_id: str, options: CardOptions, path: Path) -> 
             record.check(weights, folder)
     sources.forget_paths()
     content = {"repo_id": repo_id, "options": options, "sources": sources}
-    write_json(path.with_suffix(".json"), content, indent=None)  # of a large model, in a quarter of the bytes
+    write_json(path.with_suffix(".json"), content, indent=None)  # of a large model, in two fifths of the bytes
     build_card(sources, repo_id, options).save(path)
 
 
