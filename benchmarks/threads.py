@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from fas import convert_to_spiking
-from training.results import commit, fingerprint, markdown_table, write_results
+from training.results import fingerprint, markdown_table, write_results
 
 from .ablations import CODES
 from .spike_driven import MODELS, SHARED, perplexity, rows_of, spiking_cost, windows
@@ -42,7 +42,7 @@ def main() -> None:
             measured = {"perplexity": perplexity(model, rows)} | spiking_cost(model, rows_of(rows[:8]))[0]
             found.append(settings | {"threads": threads} | measured | {"weights_sha256": fingerprint(model)})
             print(markdown_table(found[-1:], digits=6), flush=True)
-    configuration = {"model": path.name, "windows": len(rows), "length": length, "judged": judged, "commit": commit()}
+    configuration = {"model": path.name, "windows": len(rows), "length": length, "judged": judged}
     write_results(args.output, metrics=found, configuration=configuration)
 
 
