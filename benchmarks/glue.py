@@ -52,7 +52,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "mnli": {"epochs": 3, "batch": 32, "anns": 3, "judged": 2000},
 }
 MEASURES = {"cola": "matthews_correlation", "stsb": "pearson"}  # what the best epoch is chosen by; else accuracy
-GELU_RATES, TRIED = (1e-4, 3e-4), 60  # steps of a trial
+GELU_RATES, TRIED = (1e-4, 3e-4), 240  # steps of a trial, at most an epoch (SST-2, WNLI: 60)
 QCFS = {"epochs": 1, "most_steps": 300, "rate": 0.5, "threshold_rate": 1e-2}  # rate: of the ANN's own
 SPIKE_DRIVEN: list[dict[str, Any]] = [
     {"code": "phase", "T": 4},
@@ -120,8 +120,8 @@ class Task(Glue):
         return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
 
     @torch.inference_mode()
-    def judged(self, model, rows: list[dict[str, Any]]) -> tuple[dict[str, float], torch.Tensor]:
-        """Scores in percent, and the logits."""
+    def judged(self, model, rows: list[dict[str, Any]], loss: bool = False) -> tuple[dict[str, float], torch.Tensor]:
+        """Scores in percent, with the loss if it is asked for, and the logits."""
         model.eval()
         found, logits = [], []
         for batch in self.batches(rows, 64):
@@ -129,7 +129,7 @@ class Task(Glue):
             found.append(self.metric.of(logits[-1], batch["labels"]))
         scores = self.metric.result(torch.cat(found).numpy())
         kept = {name: 100 * value for name, value in scores.items() if name not in ("loss", "examples")}
-        return kept, torch.cat(logits)
+        return kept | ({"loss": scores["loss"]} if loss else {}), torch.cat(logits)
 
     def cost(self, model) -> dict[str, float]:
         """Spikes an input, energy and reads over the ANN's, at the mean length of 64 rows."""
@@ -167,12 +167,15 @@ class Task(Glue):
         kind = "regression" if self.regression else "single_label_classification"
         return AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=self.labels, problem_type=kind)
 
-    def tried(self, rate: float) -> float:
-        """Score of the held-out rows after a few steps."""
-        settings = self.settings(f"try-{rate}", (rate, None), TASKS[self.name]["batch"], seed=0, max_steps=TRIED)
+    def tried(self, rate: float) -> dict[str, float]:
+        """Score and loss of the held-out rows after some steps."""
+        batch = TASKS[self.name]["batch"]
+        steps = min(TRIED, len(self.train) // batch)
+        settings = self.settings(f"try-{rate}", (rate, None), batch, seed=0, max_steps=steps)
         model = self.fit(f"try-{rate}", self.start(0), settings)
         shutil.rmtree(self.folder / f"try-{rate}")
-        return self.judged(model, self.held_out)[0][self.measure]
+        scores = self.judged(model, self.held_out, loss=True)[0]
+        return {"steps": steps, "held_out": scores[self.measure], "held_out_loss": scores["loss"]}
 
     def gelu(self, seed: int):
         """The ANN at its best epoch."""
@@ -242,11 +245,11 @@ def rows_of(task: Task, seed: int, done: list[dict[str, Any]], late: bool):
         return task.judged(model, task.validation)[0] | more | {"weights_sha256": fingerprint(model)}
 
     for rate in GELU_RATES:
-        row = {"model": "trial", "rate": rate, "steps": TRIED}
+        row = {"model": "trial", "rate": rate}
         if missing(row):
-            yield row | {"held_out": task.tried(rate)}
+            yield row | task.tried(rate)
     trials = [each for each in done if each["model"] == "trial"]
-    task.rate = max(trials, key=lambda each: each["held_out"])["rate"]
+    task.rate = max(trials, key=lambda each: (each["held_out"], -each.get("held_out_loss", 0.0)))["rate"]
     own = task.ann_of(seed)
     row = {"model": "gelu", "seed": own}
     if missing(row):
