@@ -23,7 +23,13 @@ CLASSES = {
 VOCABULARY = 30000
 
 
-def arguments(description: str, rounds: int = 3, batch: tuple[int, ...] = (1,)) -> argparse.Namespace:
+def arguments(
+    description: str,
+    rounds: int = 3,
+    batch: tuple[int, ...] = (1,),
+    models: tuple[str, ...] = (),
+    training: bool = False,
+) -> argparse.Namespace:
     """Command line of a benchmark, with its defaults; sets one CPU thread."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds; medians are over them")
@@ -31,6 +37,10 @@ def arguments(description: str, rounds: int = 3, batch: tuple[int, ...] = (1,)) 
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON results")
+    if models:
+        parser.add_argument("--model", default=models[0], choices=models)
+    if training:
+        parser.add_argument("--training", action="store_true", help="a training step, and nothing else")
     parsed = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -40,7 +40,7 @@ def main() -> None:
     case = {"forward": f"forward, {ids.shape[1]} tokens: time", "decoding": "decoding, static cache: time of a token"}
     rows = [
         compared(
-            f"SmolLM2-135M, batch {batch}, {name}, compiled, over stock {kind}, {case[part]}",
+            f"{args.title}, batch {batch}, {name}, compiled, over stock {kind}, {case[part]}",
             TARGETS[part] if kind == "compiled" else None,
             times[part],
             (name, "compiled"),
@@ -53,7 +53,7 @@ def main() -> None:
     ]
     for name in models:
         changed = int((decoders[name, "eager"].ids != decoders[name, "compiled"].ids).sum())
-        measure = f"SmolLM2-135M, {name}, tokens of {batch * NEW} that compiling changed"
+        measure = f"{args.title}, {name}, tokens of {batch * NEW} that compiling changed"
         rows.append({"measure": measure, "target": None, "got": changed})
     named = {part: {" ".join(name): each for name, each in found.items()} for part, found in times.items()}
     compiling = {" ".join(name): sum(each[:TOGETHER]) for name, each in samples.items()}
