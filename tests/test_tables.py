@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import drawings, pages, speed_tables
+from benchmarks import drawings, glue_tables, pages, speed_tables
 from benchmarks.common import compared, gathered
 from benchmarks.pages import Part, command, update
 from benchmarks.readme import spread
@@ -86,3 +86,24 @@ def test_a_fit_finds_its_terms_and_says_what_it_leaves():
     assert terms == pytest.approx({0: -2, 1: 5, 2: 3}) and residual < 1e-6
     _, residual = fit(sizes, [size**2 for size in sizes], (0, 1))
     assert residual > 0.2
+
+
+def test_goals_are_means_of_tasks_that_have_both_models_and_a_miss_is_told():
+    def record(measure, **scores):
+        code = {"model": "spike-driven", "code": "phase", "T": 4, "distilled": True, "energy": scores["energy"]}
+        rows = [{"model": "gelu"} | {measure: score} for score in scores["ann"]]
+        return {"metrics": [*rows, *(code | {measure: score} for score in scores["phase"])]}
+
+    lost = record("accuracy", ann=[50.0], phase=[0.0], energy=9.0)
+    records = {
+        "cola": record("matthews_correlation", ann=[40.0, 42.0], phase=[38.5, 39.5], energy=0.27),
+        "rte": record("accuracy", ann=[60.0], phase=[60.5], energy=0.3),
+        "mnli": {"metrics": [{"model": "gelu", "accuracy": 1.0}]},
+        "wnli": lost,
+    }
+    rows = glue_tables.goals(records).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[2:-1]] for row in rows]
+    assert cells == [
+        ["points below ANN (GELU)", "1.00", "0.75", "yes", "2", "2.00 (cola)"],
+        ["energy", "0.280", "0.285", "**no**", "2", "0.300 (rte)"],
+    ]
