@@ -11,6 +11,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 
 from checkpoints import MODELS, tiny_checkpoint, tiny_results
 from training import untrained
+from training.evaluate import command as evaluate
 from training.publish import cards
 from training.publish.card import (
     TEMPLATE,
@@ -488,3 +489,20 @@ def test_a_converted_checkpoint_has_a_card_with_its_table(converted, tmp_path, m
     assert unexplained(ModelCard.load(tmp_path / "spiking.md"), tmp_path / "spiking.json") == []
     again = shutil.copy(tmp_path / "spiking.json", tmp_path / "again.json")
     assert main([str(again)]) == 0 and (tmp_path / "again.md").read_text() == text
+
+
+def test_a_network_without_levels_that_was_trained_is_neither_quantised_nor_the_stock_model(
+    converted, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cards, "weights_sha256", lambda folder: fingerprint(MODELS["gpt2"].from_pretrained(folder)))
+    folder = shutil.copytree(converted, tmp_path / "trained")
+    (folder / "conversion.json").unlink()
+    corpus = converted.parent / "corpus.jsonl"
+    evaluate.main(
+        f"{folder} --T 3 --validation_file {corpus} --limit 4 --window 16 --output_dir {folder / 'report'}".split()
+    )
+    assert main([str(folder), "tester/spiking", str(tmp_path / "card.md"), "--license", "mit"]) == 0
+    text = (tmp_path / "card.md").read_text()
+    assert "With `T` = 0 it runs as the ANN with the same weights," in text
+    assert "| ANN | 0 |" in text and "The ANN is this network at T = 0, without spikes and not quantised." in text
+    assert "QCFS" not in text and "stock model |" not in text

@@ -125,9 +125,9 @@ def fault_of(row: Mapping[str, Any]) -> str | None:
 
 
 def mode_name(row: Mapping[str, Any]) -> str:
-    """What a reader is told of the mode of a row; the ANN of a network without levels is the stock model."""
-    stock = row["mode"] == "qcfs" and "L" in row and row["L"] is None
-    return MODES["stock" if stock else row["mode"]]
+    """What a reader is told of the mode of a row; the ANN of a network without levels is not quantised."""
+    plain = row["mode"] == "qcfs" and "L" in row and row["L"] is None
+    return "ANN" if plain else MODES[row["mode"]]
 
 
 def checksum(record: Mapping[str, Any]) -> str:

@@ -25,8 +25,8 @@ NOTES = {
     "QCFS ANN": "is the quantisation baseline: the same network with its activations plainly quantised to L levels, "
     "and no spikes. Uncalibrated, the layerwise schedule at T = L computes exactly the same numbers, and at any "
     "other T those of a network quantised to T levels: it is a quantised activation, run as a spiking layer. Only "
-    "the stepwise schedule passes spike trains from layer to layer. A converted network without levels is the stock "
-    "model at T = 0.",
+    "the stepwise schedule passes spike trains from layer to layer. Of a network without levels it is called ANN, "
+    "which is not quantised: converted and not trained, it is the stock model.",
     "Agreement": "is the share of predictions (of text: of next tokens) that are those of the ANN; output error "
     "is the norm of the difference to its outputs, over their norm; the error of a site is the same for what it "
     "emits, on average over time. Cosine is that of sentence vectors, to the stock model's where it was given.",

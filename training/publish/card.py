@@ -102,6 +102,7 @@ def _build_card(sources: Sources, repo_id: str, options: CardOptions, pinned: st
         template_path=str(TEMPLATE),
         name=repo_id.rpartition("/")[2],
         converted=bool(sources.conversion),
+        levels=config.get("L"),
         rate=config.get("code", "rate") == "rate",
         repo_id=repo_id,
         backbone=table.title,
