@@ -31,6 +31,7 @@ def parts() -> Iterator[Part]:
     yield Part(PAGE, "rotation", rotation())
     yield Part(PAGE, "neurobench", neurobench())
     yield Part(PAGE, "threads", threads())
+    yield Part(PAGE, "processors", processors())
 
 
 def code_of(row: dict[str, Any]) -> str:
@@ -217,14 +218,37 @@ def accumulated_rows(*paths: Path) -> Iterator[dict[str, Any]]:
 
 
 def threads() -> str:
+    """Every way of rounding by model, and how far each setting moves: its spread over its mean."""
     record = read_results(RESULTS / "threads.json")
-    table = [
-        {"code": code_of(row), "T": row["T"], "threads": row["threads"], "perplexity": f"{row['perplexity']:.6f}"}
-        | {name: f"{row[name]:.6f}" for name in ("spikes", "energy", "reads")}
-        | {"weights": row["weights_sha256"][:8]}
-        for row in record["metrics"]
-    ]
-    return "\n\n".join([markdown_table(table), wrapped(source(record))])
+    found: dict[tuple, dict[str, Any]] = {}
+    for row in record["metrics"]:
+        key = (row["model"], code_of(row), row["T"])
+        line = found.setdefault(key, dict(zip(("model", "code", "T"), key, strict=True)))
+        line[moved(row)] = row["perplexity"]
+    for line in found.values():
+        values = [value for name, value in line.items() if name not in ("model", "code", "T")]
+        line["spread"] = f"{100 * (max(values) - min(values)) / (sum(values) / len(values)):.3f} %"
+    return "\n\n".join([markdown_table([*found.values()], digits=4), wrapped(source(record))])
+
+
+def moved(row: dict[str, Any]) -> str:
+    turned = f", calibration turned by {row['turned']}" if row["turned"] else ""
+    return f"{row['threads']} thread{'s' * (row['threads'] != 1)}{turned}"
+
+
+def processors() -> str:
+    """SmolLM2 on the two processors that its rows were measured on."""
+    here, there = (read_results(RESULTS / "spike_driven" / f"smollm2{each}.json") for each in ("", "_xeon"))
+    others = {(row["code"], row.get("T"), row.get("sites")): row["perplexity"] for row in there["metrics"]}
+    names = [record["hardware"]["processor"].replace("(R)", "").removesuffix(" Processor") for record in (here, there)]
+    table = []
+    for row in here["metrics"]:
+        key = (row["code"], row.get("T"), row.get("sites"))
+        if key in others and row.get("T"):
+            pair = (row["perplexity"], others[key])
+            line = {"code": code_of(row), "T": row["T"]} | dict(zip(names, pair, strict=True))
+            table.append(line | {"apart": f"{100 * abs(pair[0] - pair[1]) / pair[0]:.2f} %"})
+    return markdown_table(table, digits=3)
 
 
 def neurobench() -> str:

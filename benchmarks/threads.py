@@ -1,9 +1,10 @@
-"""How far a figure moves with the number of threads: conversion and evaluation of gpt2-prose-mini, prose.
+"""How far a figure moves by rounding alone: threads, and the order of the rows that thresholds are fitted to.
 
-    python -m benchmarks.threads
+    python -m benchmarks.threads [prose|smollm2]
 
-Another number of threads adds in another order, and a value between two levels may then fall to the other one. What a
-training makes of it is in `benchmarks.demo_spread`.
+Other threads add in another order, and a value between two levels may then fall to the other one; another of the few
+powers may be chosen for a gain by token. The rows of calibration are turned by so many: the same tokens, in another
+order. What a training makes of it is in `benchmarks.demo_spread`. A row is saved as it ends.
 """
 
 import argparse
@@ -13,37 +14,55 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from fas import convert_to_spiking
-from training.results import fingerprint, markdown_table, write_results
+from training.results import commit, fingerprint, markdown_table, read_results, write_results
 
 from .ablations import CODES
-from .spike_driven import MODELS, SHARED, perplexity, rows_of, spiking_cost, windows
+from .spike_driven import (
+    MODELS,
+    SHARED,
+    WINDOWS,
+    calibration_text,
+    converted,
+    perplexity,
+    rows_of,
+    spiking_cost,
+    windows,
+)
 
 
 OUTPUT = Path(__file__).parent / "results" / "threads.json"
+SETTINGS = {"prose": CODES, "smollm2": [{"sites": "all", "code": "phase", "T": T} for T in (5, 6, 7)]}
+MOVED = (
+    {"threads": 1, "turned": 0},
+    {"threads": 2, "turned": 0},
+    {"threads": 1, "turned": 1},
+    {"threads": 1, "turned": 2},
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=200)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("model", nargs="?", choices=SETTINGS, default="prose")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     logging.set_verbosity_error()
-    path, judged, text, length = MODELS["prose"]
+    path, judged, _, length = MODELS[args.model]
     tokenizer = AutoTokenizer.from_pretrained(path)
-    rows = windows(tokenizer, SHARED / judged, length, args.windows)
-    ids = windows(tokenizer, SHARED / str(text), length, 768 // length, 1000)
-    found = []
-    for settings in CODES:
-        for threads in args.threads:
-            torch.set_num_threads(threads)
-            model = convert_to_spiking(str(path), ids, progress=False, **settings)
-            measured = {"perplexity": perplexity(model, rows)} | spiking_cost(model, rows_of(rows[:8]))[0]
-            found.append(settings | {"threads": threads} | measured | {"weights_sha256": fingerprint(model)})
+    rows = windows(tokenizer, SHARED / judged, length, WINDOWS[args.model])
+    ids = calibration_text(args.model, tokenizer)[0]
+    found = read_results(args.output)["metrics"] if args.output.is_file() else []
+    for settings in SETTINGS[args.model]:
+        for moved in MOVED:
+            row = {"model": args.model, **settings, **moved}
+            if any(row.items() <= each.items() for each in found):
+                continue
+            torch.set_num_threads(moved["threads"])
+            model = converted(path, settings, ids.roll(moved["turned"], 0))
+            row |= {"perplexity": perplexity(model, rows)} | spiking_cost(model, rows_of(rows[:8]))[0]
+            found.append(row | {"weights_sha256": fingerprint(model), "commit": commit()})
+            configuration = {"windows": WINDOWS, "lengths": {name: each[3] for name, each in MODELS.items()}}
+            write_results(args.output, metrics=found, configuration=configuration)
             print(markdown_table(found[-1:], digits=6), flush=True)
-    configuration = {"model": path.name, "windows": len(rows), "length": length, "judged": judged}
-    write_results(args.output, metrics=found, configuration=configuration)
 
 
 if __name__ == "__main__":
