@@ -22,7 +22,7 @@ from transformers.utils import logging
 from fas import calibrate, convert_to_spiking
 from training import layout
 from training.calibrate import conversion
-from training.results import commit, fingerprint, markdown_table, read_results, write_results
+from training.results import fingerprint, markdown_table, origin, read_results, write_results
 
 from .spike_driven import MODELS, SHARED, perplexity, rows_of, spiking_cost, windows
 
@@ -36,7 +36,7 @@ CODES: tuple[dict[str, Any], ...] = (
 RATE = {"code": "rate", "T": 16, "sites": "linear", "gain": "static"}
 GROUPS = ("qkv", "query", "value", "attention output", "mlp in", "mlp out", "head")
 STEPS, RATE_OF_THRESHOLDS = 100, 5e-3  # of calibration; 0.05, the default, gained nothing on held-out training text
-COMMIT = commit()
+ORIGIN = origin()
 
 
 def _one_threshold(placed: Any, values: torch.Tensor) -> dict[str, float]:
@@ -106,7 +106,7 @@ def main() -> None:
     done = read_results(args.output)["metrics"] if args.output.is_file() else []
     if not done:
         stock = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval()
-        done = [{"question": "stock", "perplexity": perplexity(stock, judged), "commit": COMMIT}]
+        done = [{"question": "stock", "perplexity": perplexity(stock, judged), **ORIGIN}]
     configuration = {
         "model": MODEL.name,
         "judged": f"{JUDGED}, {len(judged)} windows of {LENGTH} tokens",
@@ -116,7 +116,7 @@ def main() -> None:
     }
     for row in settings():
         if not any(row.items() <= each.items() for each in done):
-            done.append(row | measured(row, ids, judged) | {"commit": COMMIT})
+            done.append(row | measured(row, ids, judged) | ORIGIN)
             done[-1]["over_stock"] = done[-1]["perplexity"] / done[0]["perplexity"]
             write_results(args.output, metrics=done, configuration=configuration)
             print(markdown_table(done[-1:]), flush=True)

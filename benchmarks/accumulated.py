@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from training.calibrate import coarse_search
 from training.calibrate.loss import output_error
-from training.results import commit, fingerprint, markdown_table, read_results, write_results
+from training.results import fingerprint, markdown_table, origin, read_results, write_results
 
 from ._calibration_tasks import Prose
 from .trained_out import TASKS as TRAINED_OUT
@@ -81,7 +81,7 @@ def main() -> None:
         done = read_results(output)["metrics"] if output.is_file() else []
         for seed in args.seed:
             for row in rows_of(task, seed, args.T, done):
-                done.append(row | {"commit": commit()})
+                done.append(row | origin())
                 write_results(output, metrics=done, configuration=task.describe() | {"search_rows": SEARCH_ROWS})
                 print(name, markdown_table(done[-1:]), flush=True)
 

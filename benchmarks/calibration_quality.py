@@ -18,7 +18,7 @@ from transformers.utils import logging
 from training.arguments import CALIBRATION_SETTINGS, THRESHOLD_LEARNING_RATES
 from training.calibrate.coarse import PUBLISHED_PAIR, coarse_search, set_pair
 from training.calibrate.loss import calibration_loss, freeze_for_calibration, output_error
-from training.results import commit, read_results, write_results
+from training.results import origin, read_results, write_results
 
 from ._calibration_tasks import ROOT, TASKS
 
@@ -112,7 +112,7 @@ def run_cell(name, seed, variants, timesteps, folder):
         if logits is not None and variant != "gelu":
             teacher = logits if variant == "qcfs" else teacher_logits(path.stem, task, seed)
             scores["divergence_from_qcfs"] = float(output_error(logits, teacher, causal=False))
-        rows.append({"variant": variant, "T": T, **scores, **seconds, "commit": commit(), **more})
+        rows.append({"variant": variant, "T": T, **scores, **seconds, **origin(), **more})
         write_results(
             path,
             metrics=rows,

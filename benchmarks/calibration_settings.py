@@ -16,7 +16,7 @@ import torch
 from transformers.utils import logging
 
 from training.calibrate.loss import output_error
-from training.results import commit, read_results, write_results
+from training.results import origin, read_results, write_results
 
 from ._calibration_tasks import ROOT, TASKS, Glue
 from .calibration_quality import SETTINGS, search, train
@@ -48,7 +48,7 @@ def settings(task, seed, T, wanted, done):
         model.load_state_dict(search(task, T, seed, True)[0])
         batches = task.calibration_batches(row["steps"], SETTINGS["batch_size"][task.kind], seed)
         train(model, batches, row["rate"], site_weight=row["site_weight"])
-        yield row | judged(task, model.set_timesteps(T), teacher)[0] | {"ends": ends, "commit": commit()}
+        yield row | judged(task, model.set_timesteps(T), teacher)[0] | {"ends": ends, **origin()}
 
 
 def main():

@@ -24,7 +24,7 @@ from fas import convert_to_spiking
 from training.arguments import FASTrainingArguments
 from training.checkpoints import last_complete
 from training.distillation import FASDistillationTrainer
-from training.results import commit, fingerprint, markdown_table, read_results, write_results
+from training.results import fingerprint, markdown_table, origin, read_results, write_results
 from training.trainers import FASTrainer
 
 from .spike_driven import SHARED, perplexity, rows_of, spiking_cost, windows
@@ -47,7 +47,7 @@ RATES = {
     "first_spike": ((1e-4, 1e-3), (3e-4, 3e-3)),
 }
 TRIED_STEPS = 25
-COMMIT = commit()  # of the code that runs, which may be edited meanwhile
+ORIGIN = origin()  # of the code that runs, which may be edited meanwhile
 
 
 def converted(settings: dict[str, Any], calibration: torch.Tensor):
@@ -170,7 +170,7 @@ def judge(
         "held_out": perplexity(model, data["held_out"]),
         **trained,
         "weights_sha256": fingerprint(model),
-        "commit": COMMIT,
+        **ORIGIN,
     }
 
 
@@ -228,7 +228,7 @@ def main() -> None:
             if not found(trial):
                 model = converted(settings, data["calibration"])
                 distil(model, data["train"], TRIED_STEPS, rates, args.work / f"{settings['code']}-{rates[0]}")
-                keep(trial | {"held_out": perplexity(model, data["held_out"]), "commit": COMMIT})
+                keep(trial | {"held_out": perplexity(model, data["held_out"]), **ORIGIN})
         tried = found({"kind": "trial", **settings})
         row = {"kind": "distilled", "sites": "all", **settings, "steps": args.steps}
         folder = args.work / f"{settings['code']}-{args.steps}"

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from fas import convert_to_spiking
 from training.distillation import FASDistillationTrainer
-from training.results import commit, fingerprint, markdown_table, read_results, write_results
+from training.results import fingerprint, markdown_table, origin, read_results, write_results
 
 from .distillation import _Log, arguments, trained
 from .spike_driven import MODELS, SHARED, perplexity, rows_of, spiking_cost, windows
@@ -39,7 +39,7 @@ RATES = {
     "first_spike": ((5e-5, 1e-4),),
 }
 TRIED_STEPS = 12
-COMMIT = commit()  # of the code that runs, which may be edited meanwhile
+ORIGIN = origin()  # of the code that runs, which may be edited meanwhile
 
 
 def converted(settings: dict[str, Any], calibration: torch.Tensor):
@@ -105,7 +105,7 @@ def main() -> None:
         return [each for each in done if wanted.items() <= each.items()]
 
     def keep(row: dict[str, Any]) -> None:
-        done.append({**row, "commit": COMMIT})
+        done.append(row | ORIGIN)
         write_results(args.output, metrics=done, configuration=configuration)
         print(markdown_table(done[-1:]), flush=True)
 

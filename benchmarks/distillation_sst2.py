@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from fas import convert_to_spiking
 from training.distillation import FASDistillationTrainer
-from training.results import commit, fingerprint, markdown_table, read_results, write_results
+from training.results import fingerprint, markdown_table, origin, read_results, write_results
 from training.trainers import FASTrainer
 
 from ._calibration_tasks import MINILM, Glue
@@ -33,7 +33,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 RATES = ((3e-5, 1e-3), (1e-4, 3e-3))  # of weights and of thresholds
 GELU_TRIED, TRIED = 150, 60
-COMMIT = commit()  # of the code that runs, which may be edited meanwhile
+ORIGIN = origin()  # of the code that runs, which may be edited meanwhile
 
 
 def sst2_arguments(folder: Path, batch: int, rate: float, threshold_rate: float | None = None, **length: Any):
@@ -93,7 +93,7 @@ def main() -> None:
     }
 
     def keep(row: dict[str, Any]) -> None:
-        done.append({**row, "commit": COMMIT})
+        done.append(row | ORIGIN)
         write_results(args.output, metrics=done, configuration=configuration)
         print(markdown_table(done[-1:]), flush=True)
 

@@ -29,7 +29,7 @@ from training.calibrate.coarse import coarse_search
 from training.calibrate.loss import output_error
 from training.distillation import FASDistillationTrainer
 from training.evaluate.rows import TaskMetric, for_trainer
-from training.results import commit, fingerprint, markdown_table, read_results, write_results
+from training.results import fingerprint, markdown_table, origin, read_results, write_results
 from training.tasks import GLUE_COLUMNS
 from training.trainers import FASTrainer
 
@@ -61,7 +61,7 @@ SPIKE_DRIVEN: list[dict[str, Any]] = [
 DISTILLED = {"steps": 60, "rates": (3e-5, 1e-3)}
 THROUGH_TIME = [(T, schedule) for T in (4, 8) for schedule in ("layerwise", "accumulated", "stepwise")]
 CALIBRATED = [(T, how) for T in (4, 8) for how in ("neuron", "fine", "published")]
-COMMIT = commit()  # of the code that runs, which may be edited meanwhile
+ORIGIN = origin()  # of the code that runs, which may be edited meanwhile
 
 
 class Task(Glue):
@@ -313,7 +313,7 @@ def main() -> None:
             }
             for row in rows_of(task, seed, done, not args.without_calibration):
                 saved = read_results(path)["metrics"] if path.is_file() else []  # another seed may run beside this one
-                done[:] = [*saved, row | {"commit": COMMIT}]
+                done[:] = [*saved, row | ORIGIN]
                 write_results(path, metrics=done, configuration=configuration)
                 print(name, markdown_table(done[-1:]), flush=True)
 

@@ -70,12 +70,11 @@ def command(parts: Callable[[], Iterable[Part]], argv: list[str] | None = None) 
 
 
 def source(record: Mapping[str, Any], *settings: str) -> str:
-    """When, at which commit, on what and with which settings a results file was made."""
-    versions, hardware = record["versions"], record["hardware"]
-    threads = hardware["threads"]
-    ran_on = [
-        hardware.get("accelerator", hardware["processor"]), f"{threads} thread{'s' * (threads != 1)}", *settings
-    ]  # fmt: skip
+    """When, at which commit, on what (rows may name their own) and with which settings a results file was made."""
+    versions, hardware, rows = record["versions"], record["hardware"], record["metrics"]
+    threads, last = hardware["threads"], hardware.get("accelerator", hardware["processor"])
+    own = [row.get("processor", last) for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+    ran_on = [" and ".join(dict.fromkeys(own)) or last, f"{threads} thread{'s' * (threads != 1)}", *settings]
     return (
         f"{record['date'][:10]}, commit {(record['commit'] or 'unknown')[:7]}; {', '.join(ran_on)}; "
         f"torch {versions['torch']}, transformers {versions['transformers']}."

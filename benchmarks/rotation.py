@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from fas import convert_to_spiking
-from training.results import commit, markdown_table, read_results, write_results
+from training.results import markdown_table, origin, read_results, write_results
 
 from .spike_driven import LENGTH, MODELS, SHARED, perplexity, rows_of, spiking_cost, windows
 
@@ -25,7 +25,7 @@ OUTPUT = Path(__file__).parent / "results" / "rotation.json"
 MODEL, TEXT, _, _ = MODELS["smollm2"]
 WINDOWS, CALIBRATION = 24, (3, 44)
 ROTATIONS = ("none", "orthogonal", "hadamard", "hadamard, heads too")
-COMMIT = commit()
+ORIGIN = origin()
 
 
 def hadamard(size: int) -> torch.Tensor:
@@ -112,7 +112,7 @@ def main() -> None:
     done = read_results(OUTPUT)["metrics"] if OUTPUT.is_file() else []
 
     def keep(row: dict[str, Any]) -> None:
-        done.append(row | {"commit": COMMIT})
+        done.append(row | ORIGIN)
         write_results(OUTPUT, metrics=done, configuration=configuration)
         print(markdown_table(done[-1:]), flush=True)
 

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from fas import SpikeMonitor, convert_to_spiking, energy_report
 from training import layout
-from training.results import commit, fingerprint, markdown_table, read_results, write_results
+from training.results import fingerprint, markdown_table, origin, read_results, write_results
 
 from ._calibration_tasks import Prose
 
@@ -63,7 +63,7 @@ FAS: list[dict[str, Any]] = [
     for schedule in ("stepwise", "accumulated", "layerwise")
 ]
 LENGTH = 256  # tokens that energy is counted at, where no longer windows are judged
-COMMIT = commit()  # of the code that runs, which may be edited meanwhile
+ORIGIN = origin()  # of the code that runs, which may be edited meanwhile
 
 
 def windows(tokenizer, path: Path, length: int, count: int, skip: int = 0) -> torch.Tensor:
@@ -135,7 +135,7 @@ def judge(model: Any, rows: torch.Tensor) -> dict[str, Any]:
         f"spikes, {group}": T * sum(rate * width for rate, width in entries) / sum(width for _, width in entries)
         for group, entries in by_group.items()
     }
-    return measured | costs | {"weights_sha256": fingerprint(model), "commit": COMMIT, **groups}
+    return measured | costs | {"weights_sha256": fingerprint(model), **ORIGIN, **groups}
 
 
 def main() -> None:
@@ -174,10 +174,10 @@ def main() -> None:
     done = read_results(output)["metrics"] if output.is_file() else []
     if not done:
         stock = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
-        done = [{"sites": "–", "code": "stock", "perplexity": perplexity(stock, rows), "commit": COMMIT}]
+        done = [{"sites": "–", "code": "stock", "perplexity": perplexity(stock, rows), **ORIGIN}]
         if fas:
             with task.qcfs(0).running(0) as model:
-                done.append({"sites": "mlp", "code": "QCFS", "perplexity": perplexity(model, rows), "commit": COMMIT})
+                done.append({"sites": "mlp", "code": "QCFS", "perplexity": perplexity(model, rows), **ORIGIN})
     settings = FAS if fas else SETTINGS
     settings = settings if args.only is None else [settings[number] for number in args.only]
     for each in [*settings, *([distilled_row(args.distilled)] if args.distilled else [])]:

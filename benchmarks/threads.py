@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from training.results import commit, fingerprint, markdown_table, read_results, write_results
+from training.results import fingerprint, markdown_table, origin, read_results, write_results
 
 from .ablations import CODES
 from .spike_driven import (
@@ -59,7 +59,7 @@ def main() -> None:
             torch.set_num_threads(moved["threads"])
             model = converted(path, settings, ids.roll(moved["turned"], 0))
             row |= {"perplexity": perplexity(model, rows)} | spiking_cost(model, rows_of(rows[:8]))[0]
-            found.append(row | {"weights_sha256": fingerprint(model), "commit": commit()})
+            found.append(row | {"weights_sha256": fingerprint(model), **origin()})
             configuration = {"windows": WINDOWS, "lengths": {name: each[3] for name, each in MODELS.items()}}
             write_results(args.output, metrics=found, configuration=configuration)
             print(markdown_table(found[-1:], digits=6), flush=True)

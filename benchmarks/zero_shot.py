@@ -21,7 +21,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from training.results import commit, fingerprint, markdown_table, read_results, write_results
+from training.results import fingerprint, markdown_table, origin, read_results, write_results
 
 from ._calibration_tasks import Prose
 from .spike_driven import FAS, MODELS, SETTINGS, SHARED, calibration_text, converted, distilled_row, spiking_cost
@@ -38,7 +38,7 @@ INSTALL = (
     "lm-evaluation-harness must be there: `pip install lm-eval` in a virtual environment of its own, with a .pth file "
     "to the site-packages of this one, then run that environment's Python."
 )
-COMMIT = commit()  # of the code that runs, which may be edited meanwhile
+ORIGIN = origin()  # of the code that runs, which may be edited meanwhile
 
 
 def task_of(name: str) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def main() -> None:
                 length = sum(each["input_ids"].shape[1] for each in tokens) / len(tokens)
                 batches = [{"input_ids": each["input_ids"]} for each in tokens[:COUNTED]]
                 row |= {"length": length} | spiking_cost(model, batches, length)[0]
-            done.append(row | {"weights_sha256": fingerprint(model), "commit": COMMIT})
+            done.append(row | {"weights_sha256": fingerprint(model), **ORIGIN})
             write_results(output, metrics=done, configuration=configuration)
             shown = [{key: value for key, value in row.items() if key not in ("answers", "labels")}]
             print(markdown_table(shown), flush=True)

@@ -9,7 +9,7 @@ from benchmarks.pages import Part, command, update
 from benchmarks.readme import spread
 from benchmarks.scaling import fit
 from neurons_fas import encode
-from training.results import write_results
+from training.results import origin, write_results
 
 
 def test_parts_are_written_once_and_checked_after(tmp_path, monkeypatch, capsys):
@@ -107,3 +107,13 @@ def test_goals_are_means_of_tasks_that_have_both_models_and_a_miss_is_told():
         ["points below ANN (GELU)", "1.00", "0.75", "yes", "2", "2.00 (cola)"],
         ["energy", "0.280", "0.285", "**no**", "2", "0.300 (rte)"],
     ]
+
+
+def test_a_file_of_rows_from_two_processors_names_both(tmp_path):
+    ours = origin()
+    rows = [{"a": 1}, {"a": 2} | ours | {"processor": "one"}, {"a": 3} | ours | {"processor": "another"}]
+    here = write_results(tmp_path / "results.json", metrics=rows, configuration={})
+    last = here["hardware"]["processor"]
+    assert ours == {"commit": here["commit"], "processor": last}
+    assert f"; {last} and one and another, " in pages.source(here)
+    assert f"; {last}, " in pages.source(write_results(tmp_path / "one.json", metrics={"a": 1}, configuration={}))

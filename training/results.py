@@ -313,6 +313,11 @@ def commit() -> str | None:
     return f"{head}+changes" if changes else head
 
 
+def origin() -> dict[str, str | None]:
+    """What a row of a file that several runs may write says of its own: the commit, and the processor."""
+    return {"commit": commit(), "processor": _processor()}
+
+
 def _python_command() -> list[str]:
     """Return the arguments of this Python process, `-m module` where it was started so."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)

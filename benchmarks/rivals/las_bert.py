@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from fas import convert_to_spiking
-from training.results import commit, fingerprint, markdown_table, read_results, write_results
+from training.results import fingerprint, markdown_table, origin, read_results, write_results
 
 from .._calibration_tasks import CACHE
 from ..glue import SPIKE_DRIVEN, Task
@@ -114,7 +114,7 @@ def main() -> None:
             "as_stock": 100 * (answers == reference.argmax(-1)).double().mean().item(),
             "error": ((logits - reference).norm() / reference.norm()).item(),
         }
-        done.append(row | more | {"commit": commit()})
+        done.append(row | more | origin())
         write_results(OUTPUT, metrics=done, configuration=configuration)
         print(markdown_table(done[-1:]), flush=True)
 

@@ -28,7 +28,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from training.results import commit, markdown_table, read_results, write_results
+from training.results import markdown_table, origin, read_results, write_results
 
 from ..spike_driven import MODELS, SHARED, WINDOWS, calibration_text, converted, perplexity, windows
 from .environment import enter
@@ -184,7 +184,7 @@ def main() -> None:
     }
 
     def save(row: dict[str, Any]) -> None:
-        done.append(row | {"commit": commit()})
+        done.append(row | origin())
         write_results(OUTPUT, metrics=done, configuration=configuration)
         print(markdown_table(done[-1:]), flush=True)
 
