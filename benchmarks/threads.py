@@ -31,7 +31,7 @@ from .spike_driven import (
 
 
 OUTPUT = Path(__file__).parent / "results" / "threads.json"
-SETTINGS = {"prose": CODES, "smollm2": [{"sites": "all", "code": "phase", "T": T} for T in (5, 6, 7)]}
+SETTINGS = {"prose": CODES, "smollm2": [{"sites": "all", "code": "phase", "T": T} for T in (5, 6)]}
 MOVED = (
     {"threads": 1, "turned": 0},
     {"threads": 2, "turned": 0},
