@@ -78,12 +78,14 @@ def tried() -> str:
             line: dict[str, Any] = {"T": row["T"]}
             for each in row["tried"]:
                 chosen = "**" if (each["levels"], each["quantile"]) == (row["levels"], row["quantile"]) else ""
-                line[f"{'T' if each['levels'] == row['T'] else 'T / 2'}, {each['quantile']}"] = (
-                    f"{chosen}{each['choice']:.1f}{chosen}"
-                )
+                part = row["T"] // each["levels"]
+                column = f"{'T' if part == 1 else f'T / {part}'}, {each['quantile']}"
+                line[column] = f"{chosen}{each['choice']:.1f}{chosen}"
             line["first window"] = f"{row['first_window']:.2f}"
             table.append(line | {"in spikes": f"{row['first_window_spiking']:.2f}"})
-    return markdown_table(table)
+    columns = dict.fromkeys(name for line in table for name in line)
+    settings = sorted((name for name in columns if name.startswith("T") and name != "T"), reverse=True)
+    return markdown_table(table, ["T", *settings, "first window", "in spikes"])
 
 
 def las(short: bool = False) -> str:

@@ -183,9 +183,9 @@ def accumulated() -> str:
 
 
 def accumulated_files() -> list[Path]:
-    """Results of the schedules: of `accumulated.py`, and of `glue.py` for the tasks that are not among those."""
+    """Results of the schedules: of `accumulated.py`, and of `glue.py` for other tasks; in WNLI none differ."""
     own = sorted((RESULTS / "accumulated").glob("*.json"))
-    known = {path.name for path in own}
+    known = {path.name for path in own} | {"wnli.json"}
     return own + [path for path in sorted((RESULTS / "glue").glob("*.json")) if path.name not in known]
 
 
@@ -221,29 +221,33 @@ def threads() -> str:
     """Every way of rounding by model, and how far each setting moves: its spread over its mean."""
     record = read_results(RESULTS / "threads.json")
     found: dict[tuple, dict[str, Any]] = {}
+    table: list[dict[str, Any]] = []
     for row in record["metrics"]:
         key = (row["model"], code_of(row), row["T"])
         line = found.setdefault(key, dict(zip(("model", "code", "T"), key, strict=True)))
         line[moved(row)] = row["perplexity"]
     for line in found.values():
         values = [value for name, value in line.items() if name not in ("model", "code", "T")]
-        line["spread"] = f"{100 * (max(values) - min(values)) / (sum(values) / len(values)):.3f} %"
-    return "\n\n".join([markdown_table([*found.values()], digits=4), wrapped(source(record))])
+        spread = f"{100 * (max(values) - min(values)) / (sum(values) / len(values)):.2g} %"
+        table.append(line | {"spread": spread})
+    columns = dict.fromkeys(name for line in table for name in line if name != "spread")
+    return "\n\n".join([markdown_table(table, [*columns, "spread"], digits=4), wrapped(source(record))])
 
 
 def moved(row: dict[str, Any]) -> str:
-    turned = f", calibration turned by {row['turned']}" if row["turned"] else ""
+    turned = f", turned by {row['turned']}" if row["turned"] else ""
     return f"{row['threads']} thread{'s' * (row['threads'] != 1)}{turned}"
 
 
 def processors() -> str:
     """SmolLM2 on the two processors that its rows were measured on."""
     here, there = (read_results(RESULTS / "spike_driven" / f"smollm2{each}.json") for each in ("", "_xeon"))
-    others = {(row["code"], row.get("T"), row.get("sites")): row["perplexity"] for row in there["metrics"]}
+    keys = ("code", "T", "sites", "code_base")
+    others = {tuple(row.get(key) for key in keys): row["perplexity"] for row in there["metrics"]}
     names = [record["hardware"]["processor"].replace("(R)", "").removesuffix(" Processor") for record in (here, there)]
     table = []
     for row in here["metrics"]:
-        key = (row["code"], row.get("T"), row.get("sites"))
+        key = tuple(row.get(name) for name in keys)
         if key in others and row.get("T"):
             pair = (row["perplexity"], others[key])
             line = {"code": code_of(row), "T": row["T"]} | dict(zip(names, pair, strict=True))

@@ -180,7 +180,7 @@ def main() -> None:
         "calibration": about,
         "chosen_on": f"{CHOSEN_ON} windows from number {JUDGED} on",
         "quantiles": QUANTILES,
-        "levels": "T / 2 and T",
+        "levels": "T / 4, T / 2 and T",
     }
 
     def save(row: dict[str, Any]) -> None:
@@ -203,7 +203,7 @@ def main() -> None:
         tried = [
             {"levels": levels, "quantile": quantile}
             | {"choice": Rival(stock, calibration, T, levels, quantile).perplexity(choice)}
-            for levels, quantile in product((T // 2, T), QUANTILES)
+            for levels, quantile in product((T // 4, T // 2, T), QUANTILES)
         ]
         best = min(tried, key=lambda each: each["choice"])
         row = {"code": "SpikingJelly", "T": T, "levels": best["levels"], "quantile": best["quantile"], "tried": tried}
