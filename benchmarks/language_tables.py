@@ -62,7 +62,10 @@ def zero_shot(name: str, short: bool = False) -> str:
     record = read_results(path)
     asked = max(row["asked"] for row in record["metrics"])
     rows = [row for row in record["metrics"] if row["asked"] == asked]
-    settings = list(dict.fromkeys((*identity(row), row.get("distilled")) for row in rows))
+    settings = sorted(
+        dict.fromkeys((*identity(row), row.get("distilled")) for row in rows),
+        key=lambda each: (each[1] != "stock", each[1] == "first_spike", each[2] or 0),
+    )
     of_stock = {row["task"]: row for row in rows if row["code"] == "stock"}
     tasks = {task: about for task, about in TASKS.items() if task in of_stock}
     table = [

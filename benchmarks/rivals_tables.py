@@ -82,7 +82,8 @@ def tried() -> str:
                 column = f"{'T' if part == 1 else f'T / {part}'}, {each['quantile']}"
                 line[column] = f"{chosen}{each['choice']:.1f}{chosen}"
             line["first window"] = f"{row['first_window']:.2f}"
-            table.append(line | {"in spikes": f"{row['first_window_spiking']:.2f}"})
+            spiking = row.get("first_window_spiking")
+            table.append(line | {"in spikes": f"{spiking:.2f}" if spiking else None})
     columns = dict.fromkeys(name for line in table for name in line)
     settings = sorted((name for name in columns if name.startswith("T") and name != "T"), reverse=True)
     return markdown_table(table, ["T", *settings, "first window", "in spikes"])
