@@ -22,9 +22,9 @@ from transformers.utils import logging
 from fas import calibrate, convert_to_spiking
 from training import layout
 from training.calibrate import conversion
-from training.results import fingerprint, markdown_table, origin, read_results, write_results
+from training.results import fingerprint, markdown_table, matching, origin, read_results, write_results
 
-from .spike_driven import MODELS, SHARED, perplexity, rows_of, spiking_cost, windows
+from .spike_driven import MODELS, SHARED, calibration_text, perplexity, rows_of, spiking_cost, windows
 
 
 OUTPUT = Path(__file__).parent / "results" / "ablations.json"
@@ -102,7 +102,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     judged = windows(tokenizer, SHARED / JUDGED, LENGTH, args.windows)
-    ids = windows(tokenizer, SHARED / str(TEXT), LENGTH, 768 // LENGTH, 1000)
+    ids, about = calibration_text("prose", tokenizer)
     done = read_results(args.output)["metrics"] if args.output.is_file() else []
     if not done:
         stock = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval()
@@ -110,12 +110,12 @@ def main() -> None:
     configuration = {
         "model": MODEL.name,
         "judged": f"{JUDGED}, {len(judged)} windows of {LENGTH} tokens",
-        "calibration": f"{TEXT}, {len(ids)} windows from number 1000 on",
+        "calibration": about,
         "calibration_steps": f"{STEPS} at the rate {RATE_OF_THRESHOLDS}, on the last 400 paragraphs of {TEXT}",
         "energy_length": 256,
     }
     for row in settings():
-        if not any(row.items() <= each.items() for each in done):
+        if not matching(done, row):
             done.append(row | measured(row, ids, judged) | ORIGIN)
             done[-1]["over_stock"] = done[-1]["perplexity"] / done[0]["perplexity"]
             write_results(args.output, metrics=done, configuration=configuration)

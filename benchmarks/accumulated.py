@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from training.calibrate import coarse_search
 from training.calibrate.loss import output_error
-from training.results import fingerprint, markdown_table, origin, read_results, write_results
+from training.results import fingerprint, markdown_table, matching, origin, read_results, write_results
 
 from ._calibration_tasks import Prose
 from .trained_out import TASKS as TRAINED_OUT
@@ -51,7 +51,7 @@ def rows_of(task, seed, timesteps, done):
     settings = [(T, schedule, False) for T in timesteps for schedule in model.config.schedules]
     for T, schedule, searched in [*settings, (4, "accumulated", True)]:
         row = {"seed": seed, "T": T, "schedule": schedule, "searched": searched}
-        if any(row.items() <= each.items() for each in done):
+        if matching(done, row):
             continue
         judged = model
         if searched:

@@ -16,7 +16,7 @@ import torch
 from transformers.utils import logging
 
 from training.calibrate.loss import output_error
-from training.results import origin, read_results, write_results
+from training.results import matching, origin, read_results, write_results
 
 from ._calibration_tasks import ROOT, TASKS, Glue
 from .calibration_quality import SETTINGS, search, train
@@ -36,7 +36,7 @@ def settings(task, seed, T, wanted, done):
     """Yield a row for every one of `wanted` that is not done, with its two ends: QCFS, and not calibrated at all."""
     cell = {"task": task.name, "seed": seed, "T": T, "unseen": getattr(task, "unseen", 0)}
     wanted = [cell | {"steps": int(steps), "rate": rate, "site_weight": weight} for steps, rate, weight in wanted]
-    wanted = [row for row in wanted if not any(row.items() <= ({"unseen": 0} | old).items() for old in done)]
+    wanted = [row for row in wanted if not matching([{"unseen": 0} | old for old in done], row)]
     if not wanted:
         return
     ann = task.qcfs(seed)

@@ -9,7 +9,7 @@ from collections import defaultdict
 from statistics import mean, stdev
 
 from benchmarks.pages import RESULTS, Part, command, wrapped
-from training.results import markdown_table, read_results
+from training.results import markdown_table, matching, read_results
 
 
 LABELS = {
@@ -229,7 +229,7 @@ def missed():
     settings = read_results(RESULTS / "calibration_settings.json")["metrics"]
 
     def share(metric, **wanted):
-        return closed(ends_of([row for row in settings if wanted.items() <= row.items()], metric))
+        return closed(ends_of(matching(settings, wanted), metric))
 
     short, long = (share("accuracy", task="sst2", T=8, unseen=3000, steps=n, rate=0.05) for n in (60, 150))
     prose = {

@@ -24,7 +24,7 @@ from fas import convert_to_spiking
 from training.arguments import FASTrainingArguments
 from training.checkpoints import last_complete
 from training.distillation import FASDistillationTrainer
-from training.results import fingerprint, markdown_table, origin, read_results, write_results
+from training.results import fingerprint, markdown_table, matching, origin, read_results, write_results
 from training.trainers import FASTrainer
 
 from .spike_driven import SHARED, perplexity, rows_of, spiking_cost, windows
@@ -215,7 +215,7 @@ def main() -> None:
         print(markdown_table([flat]), flush=True)
 
     def found(wanted: dict[str, Any]) -> list[dict[str, Any]]:
-        return [each for each in done if wanted.items() <= each.items()]
+        return matching(done, wanted)
 
     if not found({"kind": "stock"}):
         model = stock()

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from fas import convert_to_spiking
 from training.distillation import FASDistillationTrainer
-from training.results import fingerprint, markdown_table, origin, read_results, write_results
+from training.results import fingerprint, markdown_table, matching, origin, read_results, write_results
 
 from .distillation import _Log, arguments, trained
 from .spike_driven import MODELS, SHARED, perplexity, rows_of, spiking_cost, windows
@@ -102,7 +102,7 @@ def main() -> None:
     done = read_results(args.output)["metrics"] if args.output.is_file() else []
 
     def found(wanted: dict[str, Any]) -> list[dict[str, Any]]:
-        return [each for each in done if wanted.items() <= each.items()]
+        return matching(done, wanted)
 
     def keep(row: dict[str, Any]) -> None:
         done.append(row | ORIGIN)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from fas import convert_to_spiking
 from training.distillation import FASDistillationTrainer
-from training.results import fingerprint, markdown_table, origin, read_results, write_results
+from training.results import fingerprint, markdown_table, matching, origin, read_results, write_results
 from training.trainers import FASTrainer
 
 from ._calibration_tasks import MINILM, Glue
@@ -98,10 +98,10 @@ def main() -> None:
         print(markdown_table(done[-1:]), flush=True)
 
     def best(wanted: dict[str, Any]) -> Any:
-        return max((row for row in done if wanted.items() <= row.items()), key=lambda row: row["held_out"])["rates"]
+        return max(matching(done, wanted), key=lambda row: row["held_out"])["rates"]
 
     def missing(wanted: dict[str, Any]) -> bool:
-        return not any(wanted.items() <= row.items() for row in done)
+        return not matching(done, wanted)
 
     def gelu(rate: float, name: str, **length: Any):
         set_seed(args.seed)

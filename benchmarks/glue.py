@@ -29,7 +29,7 @@ from training.calibrate.coarse import coarse_search
 from training.calibrate.loss import output_error
 from training.distillation import FASDistillationTrainer
 from training.evaluate.rows import TaskMetric, for_trainer
-from training.results import fingerprint, markdown_table, origin, read_results, write_results
+from training.results import fingerprint, markdown_table, matching, origin, read_results, write_results
 from training.tasks import GLUE_COLUMNS
 from training.trainers import FASTrainer
 
@@ -239,7 +239,7 @@ def rows_of(task: Task, seed: int, done: list[dict[str, Any]], late: bool):
     """Every row of a task and seed that is not done yet; calibrated ones when it is late."""
 
     def missing(row: dict[str, Any]) -> bool:
-        return not any(row.items() <= each.items() for each in done)
+        return not matching(done, row)
 
     def scored(model, **more: Any) -> dict[str, Any]:
         return task.judged(model, task.validation)[0] | more | {"weights_sha256": fingerprint(model)}

@@ -28,7 +28,7 @@ def record_of(name: str) -> dict[str, Any] | None:
 
 
 def by_whom(row: dict[str, Any], rival: str) -> str:
-    return rival if row["code"] in (rival, "SpikingJelly") else "FAS" if row["code"] != "stock" else "stock"
+    return row["code"] if row["code"] in ("stock", rival) else "FAS"
 
 
 def spikingjelly(short: bool = False) -> str:

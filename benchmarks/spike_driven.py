@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from fas import SpikeMonitor, convert_to_spiking, energy_report
 from training import layout
-from training.results import fingerprint, markdown_table, origin, read_results, write_results
+from training.results import fingerprint, markdown_table, matching, origin, read_results, write_results
 
 from ._calibration_tasks import Prose
 
@@ -182,7 +182,7 @@ def main() -> None:
     settings = settings if args.only is None else [settings[number] for number in args.only]
     for each in [*settings, *([distilled_row(args.distilled)] if args.distilled else [])]:
         row = {"schedule": "layerwise", "code_base": None, "gain": None} | each
-        if any(row.items() <= found.items() for found in done):
+        if matching(done, row):
             continue
         start = time.perf_counter()
         if "distilled" in row:

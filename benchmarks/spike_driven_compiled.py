@@ -13,7 +13,7 @@ from transformers import StaticCache
 from benchmarks.common import arguments, compared, gathered, interleave, report
 from benchmarks.decoding import PROMPT, Decoder, in_turn
 from benchmarks.decoding_compiled import SETTINGS as INDUCTOR
-from benchmarks.spike_driven_speed import NEW, TOGETHER, prepare
+from benchmarks.spike_driven_speed import NEW, SHAPES, TOGETHER, prepare, suffix
 
 
 TARGETS = {"forward": 1.10, "decoding": 1.05}
@@ -21,7 +21,7 @@ TARGETS = {"forward": 1.10, "decoding": 1.05}
 
 @torch.no_grad()
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0])
+    args = arguments(__doc__.splitlines()[0], models=tuple(SHAPES))
     models, ids = prepare(args)
     batch = args.batch[0]
     forward: dict[Any, Any] = {}
@@ -57,7 +57,14 @@ def main() -> None:
         rows.append({"measure": measure, "target": None, "got": changed})
     named = {part: {" ".join(name): each for name, each in found.items()} for part, found in times.items()}
     compiling = {" ".join(name): sum(each[:TOGETHER]) for name, each in samples.items()}
-    report("spike_driven_compiled", rows, args, settings=INDUCTOR, first_tokens_seconds=compiling, samples=named)
+    report(
+        f"spike_driven_compiled{suffix(args)}",
+        rows,
+        args,
+        settings=INDUCTOR,
+        first_tokens_seconds=compiling,
+        samples=named,
+    )
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def prepare(args: Any) -> tuple[dict[str, Any], torch.Tensor]:
     """The stock model and its spiking forms by name, and the tokens to time them on; says in `args` whose weights."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    batch, name = args.batch[0], getattr(args, "model", "smollm2")
+    batch, name = args.batch[0], args.model
     args.title, model_class, config_class, shape = SHAPES[name]
     args.weights = "pretrained" if name == "smollm2" and (Path(FOLDER) / "config.json").is_file() else "random"
     if args.weights == "pretrained":

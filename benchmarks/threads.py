@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from training.results import fingerprint, markdown_table, origin, read_results, write_results
+from training.results import fingerprint, markdown_table, matching, origin, read_results, write_results
 
 from .ablations import CODES
 from .spike_driven import (
@@ -54,7 +54,7 @@ def main() -> None:
     for settings in SETTINGS[args.model]:
         for moved in MOVED:
             row = {"model": args.model, **settings, **moved}
-            if any(row.items() <= each.items() for each in found):
+            if matching(found, row):
                 continue
             torch.set_num_threads(moved["threads"])
             model = converted(path, settings, ids.roll(moved["turned"], 0))

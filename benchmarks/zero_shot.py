@@ -21,7 +21,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from training.results import fingerprint, markdown_table, origin, read_results, write_results
+from training.results import fingerprint, markdown_table, matching, origin, read_results, write_results
 
 from ._calibration_tasks import Prose
 from .spike_driven import FAS, MODELS, SETTINGS, SHARED, calibration_text, converted, distilled_row, spiking_cost
@@ -130,12 +130,12 @@ def main() -> None:
         model = None
         for task in TASKS:
             row = settings | {"task": task, "asked": args.rows}
-            if any(row.items() <= each.items() for each in done):
+            if matching(done, row):
                 continue
             model = build(args.model, settings, tokenizer, args.distilled) if model is None else model
             answers, labels, prompts, accuracy = ask(model, tokenizer, task, args.rows)
             stock = STOCK | {"task": task, "asked": args.rows}
-            of_stock = next((each["answers"] for each in done if stock.items() <= each.items()), answers)
+            of_stock = next((each["answers"] for each in matching(done, stock)), answers)
             row |= {"n": len(answers), **summary(answers, labels, of_stock), "answers": answers, "labels": labels}
             if abs(row["accuracy"] - 100 * accuracy) > 1e-6:
                 raise RuntimeError(

@@ -108,6 +108,11 @@ def read_results(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
+def matching(rows: Iterable[Mapping[str, Any]], wanted: Mapping[str, Any]) -> list[Any]:
+    """The rows that say all that is wanted: of a file that goes on from its last row, what is there already."""
+    return [row for row in rows if wanted.items() <= row.items()]
+
+
 def fault_of(row: Mapping[str, Any]) -> str | None:
     """What a row of an evaluation has that `docs/results-schema.md` does not allow, or None."""
     missing = [name for name in ("mode", "T", "schedule", "split", "quality") if name not in row]

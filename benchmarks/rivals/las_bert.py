@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from fas import convert_to_spiking
-from training.results import fingerprint, markdown_table, origin, read_results, write_results
+from training.results import fingerprint, markdown_table, matching, origin, read_results, write_results
 
 from .._calibration_tasks import CACHE
 from ..glue import SPIKE_DRIVEN, Task
@@ -40,10 +40,10 @@ def checkout(source: str) -> Path:
     folder = FOLDER / f"las-{COMMIT[:7]}"
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=FOLDER) as part:
-            subprocess.run(["git", "clone", "--quiet", "--no-checkout", source, part], check=True)
-            subprocess.run(["git", "-C", part, "checkout", "--quiet", COMMIT], check=True)
-            Path(part).rename(folder)
-            Path(part).mkdir()
+            clone = Path(part) / "las"
+            subprocess.run(["git", "clone", "--quiet", "--no-checkout", source, clone], check=True)
+            subprocess.run(["git", "-C", clone, "checkout", "--quiet", COMMIT], check=True)
+            clone.rename(folder)
     return folder
 
 
@@ -67,16 +67,17 @@ def las(model: Path, rows: list[list[int]], source: str) -> dict[str, Any]:
 @torch.inference_mode()
 def side_by_side(stock: Any, spiking: Any, rows: list[list[int]]) -> tuple[torch.Tensor, float]:
     """Logits of the spiking model, and its time over the stock one's, row by row in turn."""
-    seconds, logits = {"stock": 0.0, "spiking": 0.0}, []
-    for row in [rows[0], *rows]:
-        if len(logits) == 1:
-            seconds = dict.fromkeys(seconds, 0.0)  # the first was to warm up
-        for name, model in (("stock", stock), ("spiking", spiking)):
+    seconds, logits = [0.0, 0.0], []
+    models = (stock, spiking)
+    for model in models:
+        model(input_ids=torch.tensor([rows[0]]))
+    for row in rows:
+        for i, model in enumerate(models):
             start = time.process_time()
             found = model(input_ids=torch.tensor([row])).logits[0]
-            seconds[name] += time.process_time() - start
+            seconds[i] += time.process_time() - start
         logits.append(found)
-    return torch.stack(logits[1:]), seconds["spiking"] / seconds["stock"]
+    return torch.stack(logits), seconds[1] / seconds[0]
 
 
 def main() -> None:
@@ -118,19 +119,16 @@ def main() -> None:
         write_results(OUTPUT, metrics=done, configuration=configuration)
         print(markdown_table(done[-1:]), flush=True)
 
-    def there(row: dict[str, Any]) -> bool:
-        return any(row.items() <= each.items() for each in done)
-
-    if not there({"code": "stock"}):
+    if not matching(done, {"code": "stock"}):
         save({"code": "stock"}, reference)
-    if not there({"code": "LAS"}):
+    if not matching(done, {"code": "LAS"}):
         found = las(args.model, rows, args.source)
         logits = torch.tensor(found["LAS"]["logits"])
         torch.testing.assert_close(torch.tensor(found["stock"]["logits"]), reference, atol=1e-4, rtol=1e-4)
         save({"code": "LAS", "T": 16}, logits, time=found["LAS"]["seconds"] / found["stock"]["seconds"])
     batch = task.calibration_batches(1, 64, 0)[0]
     for settings in OURS:
-        if not there({"sites": "all"} | settings):
+        if not matching(done, {"sites": "all"} | settings):
             spiking = convert_to_spiking(str(args.model), batch, sites="all", progress=False, **settings).eval()
             logits, ratio = side_by_side(stock, spiking, rows)
             save({"sites": "all"} | settings, logits, time=ratio)

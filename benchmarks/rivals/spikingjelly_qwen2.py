@@ -28,7 +28,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from training.results import markdown_table, origin, read_results, write_results
+from training.results import markdown_table, matching, origin, read_results, write_results
 
 from ..spike_driven import MODELS, SHARED, WINDOWS, calibration_text, converted, perplexity, windows
 from .environment import enter
@@ -188,17 +188,14 @@ def main() -> None:
         write_results(OUTPUT, metrics=done, configuration=configuration)
         print(markdown_table(done[-1:]), flush=True)
 
-    def there(row: dict[str, Any]) -> bool:
-        return any(row.items() <= each.items() for each in done)
-
-    if not there({"code": "stock"}):
+    if not matching(done, {"code": "stock"}):
         save({"code": "stock", "perplexity": perplexity(stock, judged)})
     for row in OURS:
-        if not there(row):
+        if not matching(done, row):
             model = converted(MODEL, row, calibration)
             save(row | {"perplexity": perplexity(model, judged)} | in_process(row))
     for T in args.timesteps:
-        if there({"code": "SpikingJelly", "T": T}):
+        if matching(done, {"code": "SpikingJelly", "T": T}):
             continue
         tried = [
             {"levels": levels, "quantile": quantile}

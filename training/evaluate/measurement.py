@@ -17,7 +17,7 @@ from configuration_fas import MOST_TIMESTEPS
 from ..calibrate.loss import uncalibrated
 from ..layout import auto_class, evaluating, pooled, predicts_next, spikes_by_itself
 from ..metrics import METRICS
-from ..results import fingerprint
+from ..results import fingerprint, matching
 from .energy import AC_PJ, MAC_PJ, energy_report
 from .evaluation import Evaluation, gap_of
 from .examples import Batch, examples_of, make_batches
@@ -456,7 +456,7 @@ def _inputs(batch: Batch) -> Batch:
 
 
 def _find(rows: Sequence[dict[str, Any]], mode: Mode) -> dict[str, Any] | None:
-    return next((row for row in rows if mode.row().items() <= row.items()), None)
+    return next(iter(matching(rows, mode.row())), None)
 
 
 def _joined(numbers: Sequence[torch.Tensor]) -> np.ndarray:
