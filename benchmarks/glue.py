@@ -10,6 +10,7 @@ the same for every task. A row is saved as it ends, and a killed training goes o
 import argparse
 import os
 import shutil
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -53,7 +54,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 MEASURES = {"cola": "matthews_correlation", "stsb": "pearson"}  # what the best epoch is chosen by; else accuracy
 GELU_RATES, TRIED = (1e-4, 3e-4), 240  # steps of a trial, at most an epoch (SST-2, WNLI: 60)
-QCFS = {"epochs": 1, "most_steps": 300, "rate": 0.5, "threshold_rate": 1e-2}  # rate: of the ANN's own
+QCFS = {"epochs": 3, "most_steps": 300, "rate": 0.5, "threshold_rate": 1e-2}  # rate: of the ANN's own
 SPIKE_DRIVEN: list[dict[str, Any]] = [
     {"code": "phase", "T": 4},
     {"code": "first_spike", "T": 8, "code_base": 2**0.5},
@@ -311,9 +312,11 @@ def main() -> None:
                 "qcfs": QCFS | {"L": 8, "batch": 32},
                 "spike_driven": DISTILLED | {"batch": 32, "calibration": "64 rows"},
             }
+            start = time.perf_counter()
             for row in rows_of(task, seed, done, not args.without_calibration):
                 saved = read_results(path)["metrics"] if path.is_file() else []  # another seed may run beside this one
-                done[:] = [*saved, row | ORIGIN]
+                done[:] = [*saved, row | {"seconds": time.perf_counter() - start} | ORIGIN]
+                start = time.perf_counter()
                 write_results(path, metrics=done, configuration=configuration)
                 print(name, markdown_table(done[-1:]), flush=True)
 

@@ -10,7 +10,7 @@ from benchmarks.spike_tables import code_of
 from training.results import markdown_table, read_results
 
 
-PAGE, ABLATIONS = "benchmarks/glue.md", "benchmarks/ablations.md"
+PAGE, ABLATIONS, SHORT = "benchmarks/glue.md", "benchmarks/ablations.md", "docs/results.md"
 ORDER = ("sst2", "cola", "stsb", "rte", "wnli", "qqp", "mnli")
 MEASURES = {"cola": "matthews_correlation", "stsb": "pearson"}  # else accuracy
 ANN = "ANN (GELU)"
@@ -28,6 +28,7 @@ GOALS: tuple[tuple[str, str | None, str | None, float], ...] = (
     (FIRST, ANN, None, 1.0),
     (FIRST, None, "energy", 0.19),
 )
+IN_SHORT = (ANN, QCFS, "FAS, layerwise, T = 8", "FAS, accumulated, T = 4", PHASE, FIRST)
 CALIBRATIONS = {"none": "", "neuron": ", searched", "fine": ", calibrated", "published": ", published calibration"}
 
 
@@ -36,6 +37,7 @@ def parts() -> Iterator[Part]:
     yield Part(PAGE, "scores", scores(records))
     yield Part(PAGE, "costs", markdown_table(costs(records), digits=2))
     yield Part(PAGE, "goals", goals(records))
+    yield Part(SHORT, "glue", short(records))
     yield Part(ABLATIONS, "ablations", ablations())
 
 
@@ -68,28 +70,35 @@ def names_in(records: dict[str, Any]) -> list[str]:
     return sorted(names, key=lambda name: (next(i for i, kind in enumerate(kinds) if name.startswith(kind)), name))
 
 
+def scores_of(records: dict[str, Any], name: str) -> dict[str, Any]:
+    """A model's score by task, the mean of its seeds, and how far it is over the ANN's, the mean of the tasks."""
+    row: dict[str, Any] = {"model": name}
+    over = []
+    for task, record in records.items():
+        named, measure = by_name(record), MEASURES.get(task, "accuracy")
+        values = [each[measure] for each in named.get(name, [])]
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        row[task] = f"{statistics.mean(values):.1f}{spread}" if values else None
+        if values and ANN in named and task != "wnli":
+            over.append(statistics.mean(values) - statistics.mean(each[measure] for each in named[ANN]))
+    row["mean over the ANN, but for wnli (tasks)"] = f"{statistics.mean(over):+.2f} ({len(over)})" if over else None
+    return row
+
+
+def short(records: dict[str, Any]) -> str:
+    """The models that most will ask for: scores and costs."""
+    cost = {row["model"]: row for row in costs(records)}
+    return markdown_table(
+        [
+            scores_of(records, name) | {key: cost.get(name, {}).get(key) for key in ("energy", "reads")}
+            for name in IN_SHORT
+        ],
+        digits=2,
+    )
+
+
 def scores(records: dict[str, Any]) -> str:
-    rows = []
-    tasks = {task: (by_name(record), MEASURES.get(task, "accuracy")) for task, record in records.items()}
-    means = {
-        task: {name: statistics.mean(row[measure] for row in found) for name, found in named.items()}
-        for task, (named, measure) in tasks.items()
-    }
-    for name in names_in(records):
-        row: dict[str, Any] = {"model": name}
-        for task, (named, measure) in tasks.items():
-            values = [each[measure] for each in named.get(name, [])]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            row[task] = f"{statistics.mean(values):.1f}{spread}" if values else None
-        below = [
-            found[name] - found[ANN]
-            for task, found in means.items()
-            if task != "wnli" and name in found and ANN in found
-        ]
-        row["mean over the ANN, but for wnli (tasks)"] = (
-            f"{statistics.mean(below):+.2f} ({len(below)})" if below else None
-        )
-        rows.append(row)
+    rows = [scores_of(records, name) for name in names_in(records)]
     settings = {task: record["configuration"] for task, record in records.items()}
     notes = [
         f"{task}: {each['judged']}, {each['train'].partition(',')[0]} of training" for task, each in settings.items()

@@ -1,0 +1,86 @@
+"""What more steps do for the networks of `benchmarks.glue`, judged on the held-out tenth of the training rows.
+
+    python -m benchmarks.glue_budget --tasks cola stsb --model qcfs --steps 480 --rates 0.5 1
+
+`--rates` are of the weights: of QCFS over the ANN's own, of a code as they are. Starts from the ANNs of
+`benchmarks.glue`, which must be there. Zero steps judge the ANN, or a conversion without training. A row is saved as
+it ends; the same command goes on from there.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+from transformers.utils import logging
+
+from modeling_fas import FASBertForSequenceClassification
+from training.calibrate.loss import output_error
+from training.distillation import FASDistillationTrainer
+from training.results import markdown_table, matching, origin, read_results, write_results
+
+from ._calibration_tasks import CACHE
+from .glue import DISTILLED, QCFS, RESULTS, SPIKE_DRIVEN, Task
+
+
+OUTPUT = RESULTS.parent / "glue_budget.json"
+CODES = {each["code"]: each for each in SPIKE_DRIVEN}
+ORIGIN = origin()  # of the code that runs, which may be edited meanwhile
+
+
+def model_of(task: Task, kind: str, steps: int, rate: float):
+    """Distilled for so many steps; saved, and loaded the next time."""
+    name = f"budget-{kind}-{steps}-{rate:g}"
+    if (task.folder / name).is_dir():
+        return FASBertForSequenceClassification.from_pretrained(task.folder / name).eval()
+    if kind == "qcfs":
+        model = FASBertForSequenceClassification.from_pretrained(task.folder / "gelu-0", L=8)
+        rates = (rate * task.rate, QCFS["threshold_rate"])
+    else:
+        model = task.spike_driven(0, CODES[kind], False)
+        rates = (rate, DISTILLED["rates"][1])
+    if not steps:
+        return model.eval()
+    set_seed(0)
+    settings = task.settings(name, rates, 32, seed=0, max_steps=steps)
+    return task.fit(name, model, settings, FASDistillationTrainer, teacher=task.gelu(0), hidden_weight=1.0).eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=("cola", "sst2", "stsb"), default=["cola", "stsb"])
+    parser.add_argument("--model", choices=("ann", "qcfs", *CODES), required=True)
+    parser.add_argument("--steps", nargs="+", type=int, default=[0])
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--work", type=Path, default=CACHE / "glue", help="folder of the trained models")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    for name in args.tasks:
+        task = Task(name, args.work)
+        ann = task.gelu(0)
+        task.rate = next(
+            row["rate"] for row in read_results(RESULTS / f"{name}.json")["metrics"] if row["model"] == "gelu"
+        )
+        target = task.judged(ann, task.held_out)[1]
+        for steps in args.steps:
+            for rate in args.rates:
+                done = read_results(OUTPUT)["metrics"] if OUTPUT.is_file() else []
+                row: dict[str, Any] = {"task": name, "model": args.model, "steps": steps, "rate": rate}
+                if matching(done, row):
+                    continue
+                model = ann if args.model == "ann" else model_of(task, args.model, steps, rate)
+                scores, logits = task.judged(model, task.held_out)
+                row |= {
+                    "held_out": scores[task.measure],
+                    "divergence": output_error(logits, target, causal=False).item(),
+                }
+                done = read_results(OUTPUT)["metrics"] if OUTPUT.is_file() else []  # another task may run beside this
+                write_results(OUTPUT, metrics=[*done, row | ORIGIN], configuration={"batch": 32, "seed": 0})
+                print(markdown_table([row]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
