@@ -37,6 +37,7 @@ def parts() -> Iterator[Part]:
     yield Part(PAGE, "scores", scores(records))
     yield Part(PAGE, "costs", markdown_table(costs(records), digits=2))
     yield Part(PAGE, "goals", goals(records))
+    yield Part(PAGE, "budgets", budgets())
     yield Part(SHORT, "glue", short(records))
     yield Part(ABLATIONS, "ablations", ablations())
 
@@ -117,6 +118,21 @@ def costs(records: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"model": name, "spikes an input": means["spikes"]} | {
                 key: means[key] for key in ("energy", "reads")
             }
+
+
+def budgets() -> str:
+    """What more steps do, on held-out rows: distilled networks, ordered by task, model and steps."""
+    record = read_results(RESULTS / "glue_budget.json")
+    kinds = {"ann": ANN, "qcfs": QCFS, "phase": PHASE, "first_spike": FIRST}
+    found = sorted(record["metrics"], key=lambda row: (row["task"], list(kinds).index(row["model"]), row["steps"]))
+    rows = [
+        {"task": row["task"], "model": kinds[row["model"]].removesuffix(", distilled")}
+        | {"steps of distillation": row["steps"] if row["model"] != "ann" else None}
+        | {"rate": f"{row['rate']:g}" if row["steps"] else None, "score": f"{row['held_out']:.1f}"}
+        | {"divergence": f"{row['divergence']:.3f}"}
+        for row in found
+    ]
+    return f"{markdown_table(rows)}\n\n{wrapped(source(record))}"
 
 
 def goals(records: dict[str, Any]) -> str:
