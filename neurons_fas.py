@@ -62,39 +62,40 @@ def _blocks(like: torch.Tensor, *others: torch.Tensor | None):
 
 def at_least(threshold: torch.Tensor) -> torch.Tensor:
     """The threshold, or `MIN_THRESHOLD` where it is below."""
-    return torch.maximum(threshold, _number(MIN_THRESHOLD, threshold))
+    return threshold.clamp_min(MIN_THRESHOLD)
 
 
-def _number(value: float, like: torch.Tensor) -> torch.Tensor:
-    """A number as a tensor, which a CPU reckons with in half the time; kept, but for a compiler.
+def _numbers(like: torch.Tensor, *values: float) -> tuple[torch.Tensor, ...]:
+    """Numbers as tensors, which a CPU reckons with in half the time; kept, but for a compiler.
 
     By a plain number, PyTorch would also divide through its reciprocal on CUDA, which rounds otherwise.
     """
     if type(like) is torch.Tensor and not torch.compiler.is_compiling():
-        return _kept_number(value, like.dtype, like.device)
-    return like.new_full((), value)
+        return _kept_numbers(values, like.dtype, like.device)
+    return tuple(like.new_full((), value) for value in values)
 
 
 @functools.cache
-def _kept_number(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _kept_numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
     with torch.inference_mode(False):
-        return torch.full((), value, dtype=dtype, device=device)
+        return tuple(torch.full((), value, dtype=dtype, device=device) for value in values)
 
 
-def _spike_count(z: torch.Tensor, initial_potential: torch.Tensor | None, T: int, signed: bool) -> torch.Tensor:
-    """Spikes, less negative ones, of a neuron after T steps of the constant input z, in units of its threshold.
+def _rate(z: torch.Tensor, initial_potential: torch.Tensor | None, T: int, signed: bool) -> torch.Tensor:
+    """Spikes a step, less negative ones, of a neuron in T steps of the constant input z, in units of its threshold.
 
-    `clip(floor(T·z + v0), 0, T)` for v0 in [0, 1], from -T on if signed; `None` is 1/2. Above 1 an unsigned neuron
+    `clip(floor(T·z + v0), 0, T) / T` for v0 in [0, 1], from -T on if signed; `None` is 1/2. Above 1 an unsigned neuron
     with negative input fires only while its start lasts; below 0 one with input above its threshold starts late and
     then fires at every step.
     """
-    count = (z * _number(T, z)).add_(_number(0.5, z) if initial_potential is None else initial_potential).floor_()
+    steps, half = _numbers(z, T, 0.5)
+    count = (z * steps).add_(half if initial_potential is None else initial_potential).floor_()
     if initial_potential is not None and not signed:
         early = (initial_potential > 1) & (z < 0)
         late = (initial_potential < 0) & (z > 1)
         count = torch.where(early, torch.floor(initial_potential / (1 - z)), count)
         count = torch.where(late, T + 1 - torch.ceil((1 - initial_potential) / z), count)
-    return count.clamp_(-T if signed else 0, T)
+    return count.clamp_(-T if signed else 0, T).div_(steps)
 
 
 def _start(initial_potential: torch.Tensor | None, signed: bool) -> Any:
@@ -112,27 +113,26 @@ def _most(T: int, code: str) -> int:
 def _level(z, potential, T: int, signed: bool, code: str, base) -> torch.Tensor:
     """What T steps make of the constant input z, both in units of the threshold: from 0, or -1 if signed, to 1."""
     if code == "first_spike":
-        return _first_spike(z, T, signed, base)[1]
-    most = _most(T, code)
-    return _spike_count(z, potential, most, signed).div_(_number(most, z))
+        return _first_spike(z, T, signed, base)
+    return _rate(z, potential, _most(T, code), signed)
 
 
-def _first_spike(z, T: int, signed: bool, base) -> tuple[torch.Tensor, torch.Tensor]:
-    """Steps left when a neuron fires, that one included (0: never), and the level `± base^(1 - step)`."""
-    levels, between = _levels_and_nan(T, base, z)
+def _first_spike(z, T: int, signed: bool, base) -> torch.Tensor:
+    """The level of the step at which a neuron fires, `± base^(1 - step)`; 0: never."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (z.numel() < SEARCHED or z.device.type != "cpu"):
+        edges, levels = _kept(_edges, T, base, z, signed)
+        return levels.take(torch.bucketize(z, edges))
+    levels, between = _kept(_levels, T, base, z)
     size = z.abs() if signed else z.clamp(min=0)
-    if torch.compiler.is_compiling():  # into one pass
-        index, level = torch.zeros_like(size, dtype=torch.int32), torch.zeros_like(size)
-        for reached, higher in zip(between[:T], levels[1 : T + 1], strict=True):
-            index, level = index + (size >= reached), torch.where(size >= reached, higher, level)
-        return index, torch.where(z.isnan(), z, level * z.sign() if signed else level)
-    if z.numel() < SEARCHED or z.device.type != "cpu":
-        index = torch.bucketize(size, between[:T], right=True).masked_fill_(size.isnan(), T + 1)
-        level = levels.take(index)
-    else:
+    if not compiling:
         index = _reached(size, between, T, float(base))
         level = levels.index_select(0, index.flatten()).view(z.shape)
-    return index, level.mul_(z.sign()) if signed else level
+        return level.mul_(z.sign()) if signed else level
+    level = torch.zeros_like(size)  # in one pass
+    for reached, higher in zip(between[:T], levels[1 : T + 1], strict=True):
+        level = torch.where(size >= reached, higher, level)
+    return torch.where(z.isnan(), z, level * z.sign() if signed else level)
 
 
 def _reached(size: torch.Tensor, between: torch.Tensor, T: int, base: float) -> torch.Tensor:
@@ -149,28 +149,44 @@ def _reached(size: torch.Tensor, between: torch.Tensor, T: int, base: float) -> 
 
 def first_spike_levels(T: int, base, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The levels of a first spike, ascending from 0, `(T + 1,)`, and the inputs from which on each is emitted."""
-    levels, between = _levels_and_nan(T, base, like)
+    levels, between = _kept(_levels, T, base, like)
     return levels[: T + 1], between[:T]
 
 
-def _levels_and_nan(T: int, base, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _levels(T: int, base, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, followed by what NaN has, and by what is never reached."""
-    if isinstance(base, float) and type(like) is torch.Tensor and not torch.compiler.is_compiling():
-        return _kept_levels(T, base, like.dtype, like.device)
-    return _make_levels(T, base, like.dtype, like.device)
-
-
-def _make_levels(T: int, base, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     steps = torch.arange(T - 1, -1, -1, device=device, dtype=dtype)
     powers = torch.as_tensor(base, device=device, dtype=dtype) ** -steps
     levels = torch.cat([steps.new_zeros(1), powers, steps.new_full((2,), torch.nan)])
     return levels, (levels[1:] + levels[:-1]) / 2
 
 
+def _edges(T: int, base, dtype: torch.dtype, device: torch.device, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ascending, for a search: the greatest inputs that a level still has, and the levels; NaN, above all, has NaN.
+
+    Zero has two levels where it has a sign, which the spikes of `_reached` and of the kernels have too.
+    """
+    levels, between = _levels(T, base, dtype, device)
+    levels, nan, between = levels[: T + 1], levels[T + 1 : T + 2], between[:T]
+    infinite = torch.full_like(nan, torch.inf)
+    edges, found = [between.nextafter(-infinite), infinite], [levels, nan]
+    if signed:
+        edges = [-between.flip(0), levels[:1].nextafter(-infinite), *edges]
+        found = [-levels.flip(0), *found]
+    return torch.cat(edges), torch.cat(found)
+
+
+def _kept(make: Any, T: int, base, like: torch.Tensor, *more: Any) -> Any:
+    """What `make` makes for tensors like this one; kept, but for a compiler and for a base that is learned."""
+    if isinstance(base, float) and type(like) is torch.Tensor and not torch.compiler.is_compiling():
+        return _kept_tables(make, T, base, like.dtype, like.device, *more)
+    return make(T, base, like.dtype, like.device, *more)
+
+
 @functools.cache
-def _kept_levels(T: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _kept_tables(make: Any, *of: Any) -> Any:
     with torch.inference_mode(False):
-        return _make_levels(T, base, dtype, device)
+        return make(*of)
 
 
 class _Encode(torch.autograd.Function):
@@ -264,8 +280,8 @@ def _differentiate_code(x, theta, potential, base, T, signed, code, grad, needs)
         if grad_potential_ is not None:
             grad_potential_ += inside.mul_(theta_ / T).sum_to_size(potential_.shape)
         if grad_base is not None:
-            index, level = _first_spike(z, T, signed, base)
-            grad_base += ((index - T).clamp(max=0) * level * theta_ * grad_).sum() / base
+            level = _first_spike(z, T, signed, base)
+            grad_base += (torch.xlogy(level, level.abs()) * theta_ * grad_).sum() / (base * base.log())
     return [grad_x, grad_theta, grad_potential, grad_base]
 
 
