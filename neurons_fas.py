@@ -143,7 +143,7 @@ def _reached(size: torch.Tensor, between: torch.Tensor, T: int, base: float) -> 
     """
     scale = 1 / math.log(base)
     margin = 1e-3 + scale * math.log((1 + 1 / base) / 2)
-    index = size.log().mul_(scale).add_(T - margin).floor_().clamp_(0, T).nan_to_num_(T + 1).int()
+    index = size.log().mul_(scale).add_(T - margin).clamp_(0, T).nan_to_num_(T + 1).int()
     return index.add_(size >= between.index_select(0, index.flatten()).view(size.shape))
 
 
@@ -256,7 +256,8 @@ def _emit_or_learn(x, threshold, initial_potential, base, T, signed, code) -> to
 def _encode(x, theta, potential, base, T, signed, code) -> torch.Tensor:
     """As [`encode`], of a threshold and a potential in the precision of the state."""
     if x.numel() <= BLOCK_SIZE:
-        return _level(_state(x) / theta, potential, T, signed, code, base).mul_(theta).to(x.dtype)
+        emitted = _level(_state(x) / theta, potential, T, signed, code, base).mul_(theta)
+        return emitted if emitted.dtype == x.dtype else emitted.to(x.dtype)
     emitted = torch.empty_like(x)
     for x_, theta_, potential_, emitted_ in _blocks(x, theta, potential, emitted):
         emitted_.copy_(_level(_state(x_) / theta_, potential_, T, signed, code, base).mul_(theta_))

@@ -112,10 +112,10 @@ class FASNeuron(nn.Module):
     def thresholds(self, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Threshold and initial potential (`None`: 1/2), `(1,)`, `(D,)`, `(S, D)` or `(B, S, D)`, for S columns."""
         fine = self._parameters["fine_threshold"]
-        if fine is None or self.T == 0:
+        if fine is None or self.mode[0] == 0:
             return self.threshold, None
         if fine.dim() < 2:
-            return fine, self.initial_potential
+            return fine, self._parameters["initial_potential"]
         rows = getattr(here, "positions", None)
         rows = slice(0, length) if rows is None else rows
         reached = rows.stop if isinstance(rows, slice) else int(rows.max()) + 1
@@ -171,8 +171,13 @@ class FASNeuron(nn.Module):
         gain = self._parameters["gain"]
         if gain is None:
             return threshold, potential
-        largest = (hidden_states.detach() / at_least(threshold.detach())).abs_().amax(-1, keepdim=True)
-        return threshold * gain * largest.to(threshold.dtype), potential
+        given, least = hidden_states, threshold
+        if torch.is_grad_enabled():  # the range has no gradient
+            given, least = given.detach(), least.detach()
+        largest = (given / at_least(least)).abs_().amax(-1, keepdim=True)
+        if largest.dtype != threshold.dtype:
+            largest = largest.to(threshold.dtype)
+        return threshold * gain * largest, potential
 
     def _emit(self, hidden_states: torch.Tensor, threshold: torch.Tensor, potential: Any) -> torch.Tensor:
         T, schedule = self.mode
@@ -401,6 +406,7 @@ class Time:
         self.built = self._structure()
         self.calibrations = 0  # begun so far
         self.set_by: dict[Any, tuple] = {}  # what threads set it to, the last one last
+        self.hooks: Callable | None = None  # to be set where a schedule has rows for timesteps
 
     @property
     def every_step(self) -> bool:
@@ -434,6 +440,12 @@ class Time:
                 f"`set_timesteps` must not be called with other values in two threads: this one set {mine}, another "
                 f"one then {now}. Use `with model.running(T, schedule):`, which holds for one thread only."
             )
+
+    def hook(self) -> None:
+        """Hook what rows for timesteps need, once, where a schedule has them: a token pays for every hook."""
+        if self.hooks is not None and len(self.config.schedules) > 1:
+            hooks, self.hooks = self.hooks, None
+            hooks()
 
     def _structure(self) -> dict[str, Any]:
         activation = self.config._renamed.get("activation", "activation")
@@ -504,8 +516,11 @@ class Time:
             own |= {name: getattr(config, name) for name in ("schedule", "code", "code_base", "gain", "calib_T")}
         else:
             own["L"] = config.L
-        parameters = (each for neuron in self.neurons for each in neuron._parameters.values() if each is not None)
-        versions = sum(0 if each.is_inference() else each._version for each in parameters)
+        parameters = [each for neuron in self.neurons for each in neuron._parameters.values() if each is not None]
+        try:
+            versions = sum([each._version for each in parameters])
+        except RuntimeError:  # one made in inference mode has no version
+            versions = sum(0 if each.is_inference() else each._version for each in parameters)
         return own | {"calibration": (id(self), self.calibrations, versions)}
 
     def take_cache(self, cache: Any, batch: int) -> None:
@@ -672,7 +687,7 @@ def _timed(kind: type) -> type:
 
 
 def carry_time(model: Any, time: Time) -> None:
-    """Hook the trunk, its blocks, what is the same at all timesteps, what is not linear, and where time ends."""
+    """Hook the trunk, and what is below where a schedule needs it."""
     table = model.config.table
     whole = trunk(model)
     whole._synced, whole._time = None, time
@@ -680,6 +695,13 @@ def carry_time(model: Any, time: Time) -> None:
     last = find(model, table.time_ends) if table.time_ends else None
     but = "last_hidden_state" if last is not None else ""
     whole.register_forward_hook(functools.partial(time.leave_trunk, but), with_kwargs=True)
+    time.hooks = functools.partial(_carry_rows, model, time, last)
+    time.hook()
+
+
+def _carry_rows(model: Any, time: Time, last: Any) -> None:
+    """Hook the blocks, what is the same at all timesteps, what is not linear, and where time ends."""
+    table, whole = model.config.table, trunk(model)
     for path in (*table.outer_norms, *table.outer_activations):
         module = find(model, path) or find(model.base_model, path)
         if module is not None and not isinstance(module, FASNeuron):
@@ -793,6 +815,7 @@ def sync(module: Any, *_: Any) -> None:
     if module._synced != settings:
         config.check()
         module._time.check_structure()
+        module._time.hook()
         for each in module.modules():
             if isinstance(each, FASNeuron):
                 each.read(config)

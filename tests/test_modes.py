@@ -1,5 +1,7 @@
 """Spikes into every product: `sites`, `activation`, `code`, `gain`, `L = None`, and the accumulated schedule."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -395,3 +397,23 @@ def test_folding_a_stock_network_asks_for_timesteps():
     model = backbones.model("gpt2", "AutoModelForCausalLM", sites="all", activation="stock", L=None)
     with pytest.raises(ValueError, match="`T` must be at least 1 to fold a model without levels"):
         fold_thresholds(model)
+
+
+@pytest.mark.parametrize("case", few(CASES), ids=named)
+def test_a_network_has_the_hooks_of_rows_where_its_code_has_such_schedules(case):
+    """A token in a phase code pays for none; a network whose code becomes a rate gets them, once."""
+    inputs = backbones.batch(*case)
+    settings = {"sites": "all", "initial_threshold": 1.0, **STOCK}
+
+    def hooks(model):
+        return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules())
+
+    phase, rate = (backbones.model(*case, code=code, schedule="layerwise", **settings) for code in ("phase", "rate"))
+    assert hooks(phase) < hooks(rate)
+    copied = copy.deepcopy(phase)
+    for model in (phase, copied):
+        model.config.code = "rate"
+        for T, schedule in ((4, "accumulated"), (3, "stepwise"), (4, "layerwise")):
+            expected, found = (each.set_timesteps(T, schedule)(**inputs) for each in (rate, model))
+            assert torch.equal(backbones.first_output(found), backbones.first_output(expected))
+        assert hooks(model) == hooks(rate)
