@@ -25,11 +25,23 @@ def parts() -> Iterator[Part]:
 
 
 def identity(row: dict[str, Any]) -> tuple:
-    return tuple(row.get(key) for key in KEYS)
+    """What a row is of: settings, or the name of a distilled model."""
+    return (row["distilled"],) if row.get("distilled") else tuple(row.get(key) for key in KEYS)
 
 
 def named(row: dict[str, Any]) -> dict[str, Any]:
-    return {"sites": row["sites"], "code": code_of(row), "T": row.get("T")}
+    return {
+        "sites": row["sites"],
+        "code": code_of(row) + (", distilled" if row.get("distilled") else ""),
+        "T": row.get("T"),
+    }
+
+
+def distilled(name: str) -> dict[tuple, dict[str, Any]]:
+    """The rows of a model's distillation, each under the name that its folder has."""
+    path = RESULTS / f"distillation_{name}.json"
+    rows = read_results(path)["metrics"] if path.is_file() else []
+    return {(f"{row['code']}-{row['steps']}",): row for row in rows if row["kind"] == "distilled"}
 
 
 def lengths(name: str) -> str:
@@ -38,7 +50,7 @@ def lengths(name: str) -> str:
     if not (RESULTS / "spike_driven" / f"{name}_{longer}.json").is_file():
         return missing(name)
     short, long = (read_results(RESULTS / "spike_driven" / f"{name}{each}.json") for each in ("", f"_{longer}"))
-    found = {identity(row): row for row in short["metrics"]}
+    found = {identity(row): row for row in short["metrics"]} | distilled(name)
     table = []
     for row in long["metrics"]:
         if identity(row) in found:
@@ -62,10 +74,7 @@ def zero_shot(name: str, short: bool = False) -> str:
     record = read_results(path)
     asked = max(row["asked"] for row in record["metrics"])
     rows = [row for row in record["metrics"] if row["asked"] == asked]
-    settings = sorted(
-        dict.fromkeys((*identity(row), row.get("distilled")) for row in rows),
-        key=lambda each: (each[1] != "stock", each[1] == "first_spike", each[2] or 0),
-    )
+    rows.sort(key=lambda row: (row["code"] != "stock", row["code"] == "first_spike", row.get("T") or 0))
     of_stock = {row["task"]: row for row in rows if row["code"] == "stock"}
     tasks = {task: about for task, about in TASKS.items() if task in of_stock}
     table = [
@@ -73,11 +82,9 @@ def zero_shot(name: str, short: bool = False) -> str:
         {"sites": "–", "code": "always the commonest label", "T": None}
         | {title: f"{commonest(of_stock[task]['labels']):.1f}" for task, (title, _) in tasks.items()},
     ]
-    for each in settings:
-        found = {row["task"]: row for row in rows if (*identity(row), row.get("distilled")) == each}
-        some = next(iter(found.values()))
-        line = named(some)
-        line["code"] += ", distilled" if some.get("distilled") else ""
+    for each in dict.fromkeys(identity(row) for row in rows):
+        found = {row["task"]: row for row in rows if identity(row) == each}
+        line = named(next(iter(found.values())))
         for task, (title, _) in tasks.items():
             if task in found:
                 row = found[task]
