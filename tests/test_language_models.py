@@ -13,7 +13,7 @@ import yaml
 
 from benchmarks import curves, language_tables
 from benchmarks.pages import RESULTS, ROOT
-from training.results import read_results
+from training.results import read_results, write_results
 
 
 TASKS = {path.stem: path for path in sorted((ROOT / "benchmarks" / "tasks").glob("*.yaml"))}
@@ -88,6 +88,30 @@ def test_a_table_of_answers_has_what_is_there_so_far(tmp_path, monkeypatch):
     table = language_tables.zero_shot("prose", short=True)
     assert "| always the commonest label | – | 75.0 |" in table and "| stock | – | 50.0 ± 28.9 |" in table
     assert "4 rows of RTE;" in " ".join(table.split()) and "SST-2" not in table
+
+
+def test_a_distilled_model_stands_beside_its_other_windows_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_tables, "RESULTS", tmp_path)
+    (tmp_path / "spike_driven").mkdir()
+    stock = {"sites": "–", "code": "stock", "perplexity": 20.0}
+    phase = {"sites": "all", "code": "phase", "T": 5, "perplexity": 25.0}
+    taught = phase | {"code_base": 1.4, "distilled": "phase-9", "perplexity": 11.0}
+    settings = {"windows": 2, "calibration": "none"}
+    files = {
+        "spike_driven/smollm2": [stock, phase],
+        "spike_driven/smollm2_1024": [stock | {"perplexity": 10.0}, taught],
+        "distillation_smollm2": [
+            {"kind": "distilled", "code": "phase", "T": 5, "steps": steps, "perplexity": perplexity}
+            for steps, perplexity in ((8, 23.0), (9, 22.0))
+        ],
+    }
+    for name, rows in files.items():
+        write_results(tmp_path / f"{name}.json", metrics=rows, configuration=settings)
+    (row,) = language_tables.lengths("smollm2").splitlines()[5:6]
+    assert [each.strip() for each in row.split("|")[1:8]] == [
+        *("all", "phase, distilled", "5"),
+        *("22.000", "11.000", "1.100", "1.100"),
+    ]
 
 
 @needs_data
