@@ -200,9 +200,8 @@ save_file({{k: v.detach() for k, v in probe_logits(model).items()}}, "expected.s
 def test_a_spoiled_folder_uploads_nothing(hub, tmp_path):
     tiny_checkpoint(tmp_path / "made", "gpt2")
     code = tmp_path / "made" / "neurons_fas.py"
-    text = code.read_text()
-    code.write_text(text.replace("div_(_number(most, z))", "div_(_number(most + 1, z))"))
-    assert code.read_text() != text
+    spoilt = "\n_exact = spike_rate\n\n\ndef spike_rate(*args):\n    return 1.01 * _exact(*args)\n"
+    code.write_text(code.read_text() + spoilt)
     done = cli(hub, tmp_path, tmp_path / "made", "tester/tiny")
     assert done.returncode == 1 and "`neurons_fas.py` must be, byte for byte" in done.stdout
     done = cli(hub, tmp_path, tmp_path / "made", "tester/tiny", "--allow-changed-code")
