@@ -59,7 +59,7 @@ SPIKE_DRIVEN: list[dict[str, Any]] = [
     {"code": "phase", "T": 4},
     {"code": "first_spike", "T": 8, "code_base": 2**0.5},
 ]
-DISTILLED = {"steps": 60, "rates": (3e-5, 1e-3)}
+DISTILLED: dict[str, Any] = {"steps": 60, "rates": (3e-5, 1e-3)}
 THROUGH_TIME = [(T, schedule) for T in (4, 8) for schedule in ("layerwise", "accumulated", "stepwise")]
 CALIBRATED = [(T, how) for T in (4, 8) for how in ("neuron", "fine", "published")]
 ORIGIN = origin()  # of the code that runs, which may be edited meanwhile
@@ -207,33 +207,40 @@ class Task(Glue):
         """Seed of the ANN that a seed of everything else starts from."""
         return seed % TASKS[self.name]["anns"]
 
+    def spiking(self, name: str):
+        return FASBertForSequenceClassification.from_pretrained(self.folder / name).eval()
+
+    def short_training(self, name: str, model, seed: int, steps: int, rates: tuple[float, float], distilled=True):
+        """Train for some steps, after the ANN or by labels alone."""
+        settings = self.settings(name, rates, 32, seed=seed, max_steps=steps)
+        if not distilled:
+            return self.fit(name, model, settings).eval()
+        more = {"teacher": self.gelu(self.ann_of(seed)), "hidden_weight": 1.0}
+        return self.fit(name, model, settings, FASDistillationTrainer, **more).eval()
+
+    def quantised(self, seed: int):
+        """The ANN with the levels of QCFS, not trained for them."""
+        set_seed(seed)
+        return FASBertForSequenceClassification.from_pretrained(self.folder / f"gelu-{self.ann_of(seed)}", L=8)
+
     def qcfs(self, seed: int, distilled: bool = True):
         name = f"qcfs-{'distilled' if distilled else 'plain'}-{seed}"
         if not (self.folder / name).is_dir():
-            teacher = self.gelu(self.ann_of(seed))
-            set_seed(seed)
-            model = FASBertForSequenceClassification.from_pretrained(self.folder / f"gelu-{self.ann_of(seed)}", L=8)
             steps = min(QCFS["most_steps"], int(QCFS["epochs"] * len(self.train) / 32))
-            settings = self.settings(
-                name, (QCFS["rate"] * self.rate, QCFS["threshold_rate"]), 32, seed=seed, max_steps=steps
-            )
-            more = {"teacher": teacher, "hidden_weight": 1.0} if distilled else {}
-            self.fit(name, model, settings, FASDistillationTrainer if distilled else FASTrainer, **more)
-        return FASBertForSequenceClassification.from_pretrained(self.folder / name).eval()
+            rates = QCFS["rate"] * self.rate, QCFS["threshold_rate"]
+            self.short_training(name, self.quantised(seed), seed, steps, rates, distilled)
+        return self.spiking(name)
 
     def spike_driven(self, seed: int, code: dict[str, Any], distilled: bool):
         stock = str(self.folder / f"gelu-{self.ann_of(seed)}")
         name = f"{code['code']}-{seed}"
         if distilled and (self.folder / name).is_dir():
-            return FASBertForSequenceClassification.from_pretrained(self.folder / name).eval()
+            return self.spiking(name)
         batch = self.calibration_batches(1, 64, seed)[0]
         model = convert_to_spiking(stock, batch, sites="all", progress=False, **code)
         if not distilled:
             return model.eval()
-        set_seed(seed)
-        settings = self.settings(name, DISTILLED["rates"], 32, seed=seed, max_steps=DISTILLED["steps"])
-        more = {"teacher": self.gelu(self.ann_of(seed)), "hidden_weight": 1.0}
-        return self.fit(name, model, settings, FASDistillationTrainer, **more).eval()
+        return self.short_training(name, model, seed, DISTILLED["steps"], DISTILLED["rates"])
 
 
 def rows_of(task: Task, seed: int, done: list[dict[str, Any]], late: bool):

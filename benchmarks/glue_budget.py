@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 from transformers.utils import logging
 
-from modeling_fas import FASBertForSequenceClassification
 from training.calibrate.loss import output_error
-from training.distillation import FASDistillationTrainer
 from training.results import markdown_table, matching, origin, read_results, write_results
 
 from ._calibration_tasks import CACHE
@@ -34,18 +31,12 @@ def model_of(task: Task, kind: str, steps: int, rate: float):
     """Distilled for so many steps; saved, and loaded the next time."""
     name = f"budget-{kind}-{steps}-{rate:g}"
     if (task.folder / name).is_dir():
-        return FASBertForSequenceClassification.from_pretrained(task.folder / name).eval()
+        return task.spiking(name)
     if kind == "qcfs":
-        model = FASBertForSequenceClassification.from_pretrained(task.folder / "gelu-0", L=8)
-        rates = (rate * task.rate, QCFS["threshold_rate"])
+        model, rates = task.quantised(0), (rate * task.rate, QCFS["threshold_rate"])
     else:
-        model = task.spike_driven(0, CODES[kind], False)
-        rates = (rate, DISTILLED["rates"][1])
-    if not steps:
-        return model.eval()
-    set_seed(0)
-    settings = task.settings(name, rates, 32, seed=0, max_steps=steps)
-    return task.fit(name, model, settings, FASDistillationTrainer, teacher=task.gelu(0), hidden_weight=1.0).eval()
+        model, rates = task.spike_driven(0, CODES[kind], False), (rate, DISTILLED["rates"][1])
+    return task.short_training(name, model, 0, steps, rates) if steps else model.eval()
 
 
 def main() -> None:

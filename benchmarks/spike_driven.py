@@ -120,7 +120,8 @@ def converted(path: Path, row: Mapping[str, Any], calibration: torch.Tensor) -> 
 def distilled_row(folder: Path) -> dict[str, Any]:
     """The settings of a distilled model, and its name."""
     config = AutoConfig.from_pretrained(folder)
-    return {name: getattr(config, name) for name in ("sites", "code", "T", "code_base")} | {"distilled": folder.name}
+    names = ["sites", "code", "T", *(["code_base"] if config.code == "first_spike" else [])]
+    return {name: getattr(config, name) for name in names} | {"distilled": folder.name}
 
 
 def judge(model: Any, rows: torch.Tensor) -> dict[str, Any]:

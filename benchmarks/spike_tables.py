@@ -36,7 +36,7 @@ def parts() -> Iterator[Part]:
 
 def code_of(row: dict[str, Any]) -> str:
     """A code with its base, its schedule where it is no layerwise one, and its gain where it is not the default."""
-    base = f", b = {row['code_base']:.2g}" if row.get("code_base") and row["code"] == "first_spike" else ""
+    base = f", b = {row['code_base']:.2g}" if row.get("code_base") else ""
     schedule = row.get("schedule")
     gain = f", {row['gain']} gain" if row.get("gain") else ""
     return (

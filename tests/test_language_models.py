@@ -13,6 +13,8 @@ import yaml
 
 from benchmarks import curves, language_tables
 from benchmarks.pages import RESULTS, ROOT
+from benchmarks.spike_driven import distilled_row
+from configuration_fas import FASConfig
 from training.results import read_results, write_results
 
 
@@ -95,7 +97,7 @@ def test_a_distilled_model_stands_beside_its_other_windows_by_name(tmp_path, mon
     (tmp_path / "spike_driven").mkdir()
     stock = {"sites": "–", "code": "stock", "perplexity": 20.0}
     phase = {"sites": "all", "code": "phase", "T": 5, "perplexity": 25.0}
-    taught = phase | {"code_base": 1.4, "distilled": "phase-9", "perplexity": 11.0}
+    taught = phase | {"code_base": None, "distilled": "phase-9", "perplexity": 11.0}
     settings = {"windows": 2, "calibration": "none"}
     files = {
         "spike_driven/smollm2": [stock, phase],
@@ -112,6 +114,16 @@ def test_a_distilled_model_stands_beside_its_other_windows_by_name(tmp_path, mon
         *("all", "phase, distilled", "5"),
         *("22.000", "11.000", "1.100", "1.100"),
     ]
+
+
+@pytest.mark.parametrize("code, base", [("phase", None), ("first_spike", 1.2)])
+def test_a_distilled_model_has_the_base_that_its_code_has(code, base, tmp_path):
+    settings = {"sites": "all", "code": code, "T": 5, "code_base": 1.2, "schedule": "layerwise"}
+    FASConfig(backbone="gpt2", activation="stock", L=None, **settings).save_pretrained(tmp_path / "taught-9")
+    row = distilled_row(tmp_path / "taught-9")
+    assert row == {"sites": "all", "code": code, "T": 5, "distilled": "taught-9"} | (
+        {"code_base": base} if base else {}
+    )
 
 
 @needs_data
