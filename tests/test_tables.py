@@ -109,6 +109,24 @@ def test_goals_are_means_of_tasks_that_have_both_models_and_a_miss_is_told():
     ]
 
 
+def test_scores_are_means_of_seeds_and_their_mean_leaves_out_what_is_not_learned():
+    def record(measure, ann, *qcfs):
+        rows = [{"model": "gelu", "seed": 0, measure: ann}]
+        rows += [{"model": "qcfs", "seed": seed, "distilled": True, measure: value} for seed, value in enumerate(qcfs)]
+        return {"metrics": rows, "configuration": {"judged": "", "train": ""}}
+
+    records = {
+        "sst2": record("accuracy", 90.0, 88.0, 90.0),
+        "cola": record("matthews_correlation", 30.0, 28.0),
+        "wnli": record("accuracy", 50.0, 10.0),
+    }
+    row = glue_tables.scores_of(records, glue_tables.QCFS)
+    assert list(row.values()) == [glue_tables.QCFS, "89.0 ± 1.4", "28.0", "10.0", "-1.50 (2)"]
+    assert glue_tables.short(records).splitlines()[3].split("|")[1:5] == [
+        *(f" {glue_tables.QCFS} ", " 89.0 ± 1.4 ", " 28.0 ", " 10.0 ")
+    ]
+
+
 def test_a_file_of_rows_from_two_processors_names_both(tmp_path):
     ours = origin()
     rows = [{"a": 1}, {"a": 2} | ours | {"processor": "one"}, {"a": 3} | ours | {"processor": "another"}]
