@@ -21,7 +21,6 @@ try:
     from .configuration_fas import Site, here, mode, positions_of, running  # type: ignore[import-not-found]
     from .events_fas import receive_events  # type: ignore[import-not-found]
     from .neurons_fas import (  # type: ignore[import-not-found]
-        MIN_THRESHOLD,
         at_least,
         encode,
         integrate_and_fire,
@@ -32,7 +31,7 @@ try:
 except ImportError:
     from configuration_fas import Site, here, mode, positions_of, running
     from events_fas import receive_events
-    from neurons_fas import MIN_THRESHOLD, at_least, encode, integrate_and_fire, spike_count, spike_rate, spike_train
+    from neurons_fas import at_least, encode, integrate_and_fire, spike_count, spike_rate, spike_train
 
 
 class FASNeuron(nn.Module):
@@ -143,7 +142,7 @@ class FASNeuron(nn.Module):
         if not self.folded:
             return emitted
         threshold = self.threshold if self.fine_threshold is None else self.fine_threshold
-        return (emitted / threshold.clamp(min=MIN_THRESHOLD)).to(emitted.dtype)
+        return (emitted / at_least(threshold)).to(emitted.dtype)
 
     @torch.no_grad()
     def count_spikes(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -163,7 +162,7 @@ class FASNeuron(nn.Module):
         steps = hidden_states.unflatten(0, (self.T, -1)) if self.stepwise else hidden_states[None]
         start = torch.full_like(threshold, 0.5) if potential is None else potential
         emitted = integrate_and_fire(steps, threshold, start, self.T, self.signed)
-        return (emitted / threshold.clamp(min=MIN_THRESHOLD)).round()
+        return (emitted / at_least(threshold)).round()
 
     def _running(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Threshold and initial potential for an input; the threshold is `(B, S, D)` where it goes by token."""

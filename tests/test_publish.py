@@ -25,7 +25,7 @@ from modeling_fas import FASBertForSequenceClassification
 from training.publish import upload as publishing
 from training.publish import verification
 from training.publish.card import CardOptions, build_card
-from training.publish.clean_load import probe_logits, token_ids, weight_faults
+from training.publish.clean_load import load_by_remote_code, probe_logits, token_ids, weight_faults
 from training.publish.code import CODE_FILES, LATER_CODE_FILES, VerificationError
 from training.publish.files import check_files
 from training.publish.records import read_sources
@@ -205,6 +205,12 @@ def test_what_a_clean_process_finds_otherwise_is_not_published(change, message, 
     with pytest.raises(VerificationError, match=message):
         publish(folder, REPO, dry_run=tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_load_that_can_reach_the_project_is_not_clean(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    with pytest.raises(RuntimeError, match=r"needs modules that are not in it: .*modeling_fas, .*, training$"):
+        load_by_remote_code(str(checkpoint), config)
 
 
 @pytest.mark.parametrize("name", [*CODE_FILES, *LATER_CODE_FILES])

@@ -1,6 +1,7 @@
 """Code files of a checkpoint: those of a release, or what the scan finds in others."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -145,7 +146,14 @@ def test_a_difference_is_shown_and_described(folder, caplog):
     assert describe("") is None
 
 
-@pytest.mark.parametrize("name", ["configuration_fas", "modeling_fas"])
+def test_every_code_file_is_listed_where_it_must_be():
+    root = Path(modeling_fas.__file__).parent
+    assert {path.stem for path in root.glob("*_fas.py")} == code.SIBLINGS
+    packaged = re.search(r"^py-modules = (.*)$", (root / "pyproject.toml").read_text(), re.MULTILINE)
+    assert {*json.loads(packaged[1])} == code.SIBLINGS | {"fas"}
+
+
+@pytest.mark.parametrize("name", sorted(code.SIBLINGS))
 def test_a_command_started_in_a_checkpoint_folder_does_not_run_its_code(name, tmp_path):
     (tmp_path / f"{name}.py").write_text("print('ran')\n")
     root = Path(modeling_fas.__file__).parent

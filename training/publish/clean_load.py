@@ -88,8 +88,7 @@ def load_by_remote_code(folder: str, config: dict[str, Any]):
 
     auto_class = getattr(transformers, auto_class_name(config))
     model = auto_class.from_pretrained(folder, trust_remote_code=True, **OPTIONS)
-    siblings = {"configuration_fas", "events_fas", "kernels_fas", "modeling_fas", "neurons_fas", "sites_fas"}
-    local = (siblings | {"training"}) & sys.modules.keys()
+    local = [name for name in sys.modules if name == "training" or ("." not in name and name.endswith("_fas"))]
     if local:
         raise RuntimeError(f"the folder needs modules that are not in it: {', '.join(sorted(local))}")
     return model
