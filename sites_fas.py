@@ -69,18 +69,20 @@ class FASNeuron(nn.Module):
 
     T = property(lambda self: self.mode[0])
     schedule = property(lambda self: self.mode[1])
+    L = property(lambda self: self.settings[2])
+    code = property(lambda self: self.settings[3])
+    code_base = property(lambda self: self.settings[4])
 
     def read(self, config) -> None:
-        """Take over a configuration, whose own attributes are slow, and in a compiled graph a guard for every use."""
+        """Take over a configuration, whose own attributes are slow; in one, since a compiled call checks them all."""
         self.config = config
-        self.L, self.code, self.code_base = config.L, config.code, config.code_base
-        self.set_to = config.T, config.schedule
+        self.settings = config.T, config.schedule, config.L, config.code, config.code_base, self.signed
 
     @property
     def mode(self) -> tuple[int, str]:
         """T and schedule, in this thread."""
         own = running(self.config)
-        return self.set_to if own is None else (own["T"], own["schedule"])
+        return self.settings[:2] if own is None else (own["T"], own["schedule"])
 
     @property
     def stepwise(self) -> bool:
@@ -144,6 +146,17 @@ class FASNeuron(nn.Module):
         threshold = self.threshold if self.fine_threshold is None else self.fine_threshold
         return (emitted / at_least(threshold)).to(emitted.dtype)
 
+    def before_all(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        """As a hook of the module that hands one input to several layers: encode it once for all."""
+        hidden_states = _hidden_states(args, kwargs)
+        emitted = self(hidden_states)
+        given = {name: emitted if each is hidden_states else each for name, each in kwargs.items()}
+        return tuple(emitted if each is hidden_states else each for each in args), given
+
+    def after(self, layer: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        """As a hook of a layer: encode what it gives."""
+        return self(output)
+
     @torch.no_grad()
     def count_spikes(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Spikes that the site answers with, of either sign: whole numbers of the shape of what it emits."""
@@ -180,15 +193,16 @@ class FASNeuron(nn.Module):
 
     def _emit(self, hidden_states: torch.Tensor, threshold: torch.Tensor, potential: Any) -> torch.Tensor:
         T, schedule = self.mode
-        if T == 0 and self.L is None:
+        _, _, L, code, base, signed = self.settings
+        if T == 0 and L is None:
             return hidden_states
         if T > 0 and schedule != "layerwise" and not self.after_time:
             potential = torch.full_like(threshold, 0.5) if potential is None else potential
             steps = hidden_states.unflatten(0, (T, -1))
-            return integrate_and_fire(steps, threshold, potential, T, self.signed).flatten(0, 1)
-        if T == 0 or self.code == "rate":
-            return spike_rate(hidden_states, threshold, potential, T or self.L, self.signed)
-        return encode(hidden_states, threshold, T, self.code, self.code_base, self.signed)
+            return integrate_and_fire(steps, threshold, potential, T, signed).flatten(0, 1)
+        if T == 0 or code == "rate":
+            return spike_rate(hidden_states, threshold, potential, T or L, signed)
+        return encode(hidden_states, threshold, T, code, base, signed)
 
     def extra_repr(self) -> str:
         fine = "" if self.fine_threshold is None else f", fine={tuple(self.fine_threshold.shape)}"
@@ -247,8 +261,7 @@ def _place(model: Any, parent: Any, site: Site) -> None:
         if site.through is None:
             layer.register_forward_pre_hook(_emit_input)
         else:
-            emit = functools.partial(_emit_shared, layer)
-            parent.get_submodule(site.through).register_forward_pre_hook(emit, with_kwargs=True)
+            parent.get_submodule(site.through).register_forward_pre_hook(layer.site.before_all, with_kwargs=True)
     else:
         _place_in_attention(model, parent, site)
 
@@ -260,29 +273,23 @@ def _place_in_attention(model: Any, parent: Any, site: Site) -> None:
     index = 0 if site.at == "query" else 2
     layer, parts = (layers[index], 1) if len(layers) > 1 else (layers[0], 3)
     outputs = layer.weight.shape[not isinstance(layer, nn.Linear)] // parts
-    core.add_module(f"{site.at}_site", FASNeuron(model.config, outputs, site))
+    neuron = FASNeuron(model.config, outputs, site)
+    core.add_module(f"{site.at}_site", neuron)
     if site.at == "query" and table.positions is None:
         vars(core)["config"] = _AttentionConfig(core.config)
+    elif parts == 1:
+        layer.register_forward_hook(neuron.after)
     else:
-        layer.register_forward_hook(functools.partial(_emit_output, core, f"{site.at}_site", index, parts))
+        layer.register_forward_hook(functools.partial(_emit_part, neuron, index, parts))
 
 
 def _emit_input(layer: Any, args: tuple) -> tuple:
     return (layer.site(args[0]), *args[1:])
 
 
-def _emit_shared(layer: Any, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
-    hidden_states = _hidden_states(args, kwargs)
-    emitted = layer.site(hidden_states)
-    given = {name: emitted if each is hidden_states else each for name, each in kwargs.items()}
-    return tuple(emitted if each is hidden_states else each for each in args), given
-
-
-def _emit_output(core: Any, name: str, index: int, parts: int, layer: Any, args: tuple, output: torch.Tensor) -> Any:
-    if parts == 1:
-        return getattr(core, name)(output)
+def _emit_part(site: FASNeuron, index: int, parts: int, layer: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
     chunks = list(output.chunk(parts, dim=-1))
-    chunks[index] = getattr(core, name)(chunks[index])
+    chunks[index] = site(chunks[index])
     return torch.cat(chunks, dim=-1)
 
 
