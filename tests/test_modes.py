@@ -417,3 +417,18 @@ def test_a_network_has_the_hooks_of_rows_where_its_code_has_such_schedules(case)
             expected, found = (each.set_timesteps(T, schedule)(**inputs) for each in (rate, model))
             assert torch.equal(backbones.first_output(found), backbones.first_output(expected))
         assert hooks(model) == hooks(rate)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", few(CASES), ids=named)
+def test_every_site_of_a_copy_is_its_own(case):
+    inputs, settings = backbones.batch(*case), {"code": "phase", "schedule": "layerwise", "sites": "all", **STOCK}
+    model = backbones.model(*case, T=4, initial_threshold=1.0, **settings)
+    before = backbones.first_output(model(**inputs))
+    copied = copy.deepcopy(model)
+    for name, neuron in copied.neurons():
+        neuron.threshold.mul_(3)
+        assert not torch.equal(backbones.first_output(copied(**inputs)), before), name
+        neuron.threshold.div_(3)
+    assert torch.equal(backbones.first_output(copied(**inputs)), before)
+    assert torch.equal(backbones.first_output(model(**inputs)), before)
