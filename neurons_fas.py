@@ -123,14 +123,16 @@ def _first_spike(z, T: int, signed: bool, base) -> torch.Tensor:
     if not compiling and (z.numel() < SEARCHED or z.device.type != "cpu"):
         edges, levels = _kept(_edges, T, base, z, signed)
         return levels.take(torch.bucketize(z, edges))
-    levels, between = _kept(_levels, T, base, z)
     size = z.abs() if signed else z.clamp(min=0)
     if not compiling:
+        levels, between = _kept(_levels, T, base, z)
         index = _reached(size, between, T, float(base))
         level = levels.index_select(0, index.flatten()).view(z.shape)
         return level.mul_(z.sign()) if signed else level
+    # By its digits: a compiler may take a number for a variable.
+    table = _constants(T, base.hex(), z.dtype, z.device) if isinstance(base, float) else first_spike_levels(T, base, z)
     level = torch.zeros_like(size)  # in one pass
-    for reached, higher in zip(between[:T], levels[1 : T + 1], strict=True):
+    for higher, reached in zip(table[0][1:], table[1], strict=True):
         level = torch.where(size >= reached, higher, level)
     return torch.where(z.isnan(), z, level * z.sign() if signed else level)
 
@@ -159,6 +161,13 @@ def _levels(T: int, base, dtype: torch.dtype, device: torch.device) -> tuple[tor
     powers = torch.as_tensor(base, device=device, dtype=dtype) ** -steps
     levels = torch.cat([steps.new_zeros(1), powers, steps.new_full((2,), torch.nan)])
     return levels, (levels[1:] + levels[:-1]) / 2
+
+
+@torch.compiler.assume_constant_result
+def _constants(T: int, base: str, dtype: torch.dtype, device: torch.device) -> tuple[list[float], list[float]]:
+    """As `first_spike_levels`, in numbers, which a compiled loop holds in registers."""
+    levels, between = _levels(T, float.fromhex(base), dtype, device)
+    return levels[: T + 1].tolist(), between[:T].tolist()
 
 
 def _edges(T: int, base, dtype: torch.dtype, device: torch.device, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,7 +256,7 @@ def _emit(x, threshold, initial_potential, base, T, signed, code) -> torch.Tenso
 
 
 def _emit_or_learn(x, threshold, initial_potential, base, T, signed, code) -> torch.Tensor:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
         base = None if base is None else torch.as_tensor(base, dtype=_state(x).dtype, device=x.device)
         return _Encode.apply(x, threshold, initial_potential, base, T, signed, code)
     return _emit(x, threshold, initial_potential, base, T, signed, code)

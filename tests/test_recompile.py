@@ -52,6 +52,9 @@ def test_a_code_compiles_whole(code):
     assert torch.equal(ours, plain)
     for mine, theirs in zip(*(torch.autograd.grad(y.sum(), (x, threshold)) for y in (ours, plain)), strict=True):
         assert torch.equal(mine, theirs)
+    with torch.no_grad():
+        for base in (1.2, 1.3, 1.4, torch.tensor(1.5)):
+            assert torch.equal(compiled(x, threshold, 4, code, base), encode(x, threshold, 4, code, base))
 
 
 @pytest.mark.parametrize("T, schedule", [(4, "stepwise"), (4, "layerwise")])
