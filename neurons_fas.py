@@ -129,8 +129,10 @@ def _first_spike(z, T: int, signed: bool, base) -> torch.Tensor:
         index = _reached(size, between, T, float(base))
         level = levels.index_select(0, index.flatten()).view(z.shape)
         return level.mul_(z.sign()) if signed else level
-    # By its digits: a compiler may take a number for a variable.
-    table = _constants(T, base.hex(), z.dtype, z.device) if isinstance(base, float) else first_spike_levels(T, base, z)
+    if isinstance(base, float):  # a compiler may take a number for a variable, but not its digits, nor a length
+        table = _constants(len([None] * T), base.hex(), z.dtype, z.device)
+    else:
+        table = first_spike_levels(T, base, z)
     level = torch.zeros_like(size)  # in one pass
     for higher, reached in zip(table[0][1:], table[1], strict=True):
         level = torch.where(size >= reached, higher, level)

@@ -53,8 +53,8 @@ def test_a_code_compiles_whole(code):
     for mine, theirs in zip(*(torch.autograd.grad(y.sum(), (x, threshold)) for y in (ours, plain)), strict=True):
         assert torch.equal(mine, theirs)
     with torch.no_grad():
-        for base in (1.2, 1.3, 1.4, torch.tensor(1.5)):
-            assert torch.equal(compiled(x, threshold, 4, code, base), encode(x, threshold, 4, code, base))
+        for T, base in ((4, 1.2), (4, 1.3), (8, 1.3), (6, 1.4), (3, torch.tensor(1.5))):
+            assert torch.equal(compiled(x, threshold, T, code, base), encode(x, threshold, T, code, base))
 
 
 @pytest.mark.parametrize("T, schedule", [(4, "stepwise"), (4, "layerwise")])
