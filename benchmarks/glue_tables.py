@@ -14,6 +14,7 @@ PAGE, ABLATIONS, SHORT = "benchmarks/glue.md", "benchmarks/ablations.md", "docs/
 ORDER = ("sst2", "cola", "stsb", "rte", "wnli", "qqp", "mnli")
 MEASURES = {"cola": "matthews_correlation", "stsb": "pearson"}  # else accuracy
 UNLEARNED = "wnli"  # in no mean
+CHOSEN_ON = ("sst2", "cola", "stsb")  # settings of calibration
 ANN = "ANN (GELU)"
 QCFS, PHASE, FIRST = (
     "QCFS, distilled",
@@ -38,6 +39,7 @@ def parts() -> Iterator[Part]:
     yield Part(PAGE, "scores", scores(records))
     yield Part(PAGE, "costs", markdown_table(costs(records), digits=2))
     yield Part(PAGE, "goals", goals(records))
+    yield Part(PAGE, "calibrated", calibrated(records))
     yield Part(PAGE, "budgets", budgets())
     yield Part(SHORT, "glue", short(records))
     yield Part(ABLATIONS, "ablations", ablations())
@@ -119,6 +121,22 @@ def costs(records: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"model": name, "spikes an input": means["spikes"]} | {
                 key: means[key] for key in ("energy", "reads")
             }
+
+
+def calibrated(records: dict[str, Any]) -> str:
+    """What calibration closes of the divergence of stepwise runs from QCFS, by task and T, the mean of the seeds."""
+    rows = []
+    for task, record in records.items():
+        stepwise = [row for row in record["metrics"] if row.get("schedule") == "stepwise" and task != UNLEARNED]
+        gaps = {(row["T"], row["calibration"], row["seed"]): row["divergence"] for row in stepwise}
+        for T in sorted({T for T, how, _ in gaps if how != "none"}):
+            row = {"task": task, "settings chosen on it": "yes" if task in CHOSEN_ON else "no", "T": T}
+            for how, name in CALIBRATIONS.items():
+                closed = [1 - gap / gaps[T, "none", seed] for (t, h, seed), gap in gaps.items() if (t, h) == (T, how)]
+                if how != "none":
+                    row[name.removeprefix(", ")] = f"{100 * statistics.mean(closed):.0f} %" if closed else None
+            rows.append(row)
+    return markdown_table(rows)
 
 
 def budgets() -> str:

@@ -127,6 +127,22 @@ def test_scores_are_means_of_seeds_and_their_mean_leaves_out_what_is_not_learned
     ]
 
 
+def test_what_calibration_closes_is_told_seed_by_seed_where_there_is_both():
+    def row(seed, T, how, divergence, schedule="stepwise"):
+        return {"schedule": schedule, "seed": seed, "T": T, "calibration": how, "divergence": divergence}
+
+    rows = [row(0, 4, "none", 0.5), row(1, 4, "none", 0.4), row(2, 4, "none", 9.0), row(0, 8, "none", 0.1)]
+    rows += [row(0, 4, "fine", 0.1), row(1, 4, "fine", 0.2), row(0, 4, "neuron", 0.1, "accumulated")]
+    record = {"metrics": [{"model": "gelu"}, *rows]}
+    table = glue_tables.calibrated({"cola": record, "rte": record, "wnli": record}).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (table[0], *table[2:])]
+    assert cells == [
+        ["task", "settings chosen on it", "T", "searched", "calibrated", "published calibration"],
+        ["cola", "yes", "4", "–", "65 %", "–"],
+        ["rte", "no", "4", "–", "65 %", "–"],
+    ]
+
+
 def test_a_file_of_rows_from_two_processors_names_both(tmp_path):
     ours = origin()
     rows = [{"a": 1}, {"a": 2} | ours | {"processor": "one"}, {"a": 3} | ours | {"processor": "another"}]
