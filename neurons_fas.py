@@ -119,22 +119,26 @@ def _level(z, potential, T: int, signed: bool, code: str, base) -> torch.Tensor:
 
 def _first_spike(z, T: int, signed: bool, base) -> torch.Tensor:
     """The level of the step at which a neuron fires, `± base^(1 - step)`; 0: never."""
-    compiling = torch.compiler.is_compiling()
-    if not compiling and (z.numel() < SEARCHED or z.device.type != "cpu"):
+    if torch.compiler.is_compiling():
+        return _first_spike_compiled(z, T, signed, base)
+    if z.numel() < SEARCHED or z.device.type != "cpu":
         edges, levels = _kept(_edges, T, base, z, signed)
         return levels.take(torch.bucketize(z, edges))
-    size = z.abs() if signed else z.clamp(min=0)
-    if not compiling:
-        levels, between = _kept(_levels, T, base, z)
-        index = _reached(size, between, T, float(base))
-        level = levels.index_select(0, index.flatten()).view(z.shape)
-        return level.mul_(z.sign()) if signed else level
+    levels, between = _kept(_levels, T, base, z)
+    index = _reached(z.abs() if signed else z.clamp(min=0), between, T, float(base))
+    level = levels.index_select(0, index.flatten()).view(z.shape)
+    return level.mul_(z.sign()) if signed else level
+
+
+def _first_spike_compiled(z, T: int, signed: bool, base) -> torch.Tensor:
+    """The same in one pass, one comparison a level."""
     if isinstance(base, float):  # a compiler may take a number for a variable, but not its digits, nor a length
-        table = _constants(len([None] * T), base.hex(), z.dtype, z.device)
+        levels, between = _constants(len([None] * T), base.hex(), z.dtype, z.device)
     else:
-        table = first_spike_levels(T, base, z)
-    level = torch.zeros_like(size)  # in one pass
-    for higher, reached in zip(table[0][1:], table[1], strict=True):
+        levels, between = first_spike_levels(T, base, z)
+    size = z.abs() if signed else z.clamp(min=0)
+    level = torch.zeros_like(size)
+    for reached, higher in zip(between, levels[1:], strict=True):
         level = torch.where(size >= reached, higher, level)
     return torch.where(z.isnan(), z, level * z.sign() if signed else level)
 

@@ -108,6 +108,16 @@ def test_a_first_spike_by_logarithm_or_compiled_is_that_by_search(base, dtype, s
             assert not signed or torch.equal(level.signbit()[number], plain.signbit()[number])
 
 
+@torch.no_grad()
+def test_a_compiled_first_spike_takes_other_timesteps_and_bases():
+    """From the second call on, a compiler makes variables of them."""
+    torch._dynamo.reset()
+    compiled = torch.compile(encode, fullgraph=True, backend="eager")
+    x, theta = torch.linspace(-2, 2, 99), torch.tensor([0.7])
+    for T, base in ((4, 1.2), (4, 1.3), (8, 1.3), (6, 1.4), (3, torch.tensor(1.5))):
+        assert torch.equal(compiled(x, theta, T, "first_spike", base), encode(x, theta, T, "first_spike", base))
+
+
 @pytest.mark.parametrize("base", [1.3, torch.tensor(1.3)], ids=["number", "tensor"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("code", CODES)
