@@ -21,9 +21,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
 
+# Every sibling by its name: of a checkpoint in a folder, transformers 4 takes along what this file imports, no more.
 try:
     from .configuration_fas import BACKBONES, CONFIGURATIONS, __version__, running  # type: ignore[import-not-found]
     from .events_fas import receive_events  # type: ignore[import-not-found]
+    from .kernels_fas import kernels  # type: ignore[import-not-found]
     from .neurons_fas import MIN_THRESHOLD  # type: ignore[import-not-found]
     from .sites_fas import (  # type: ignore[import-not-found]
         FASNeuron,
@@ -41,6 +43,7 @@ try:
 except ImportError:
     from configuration_fas import BACKBONES, CONFIGURATIONS, __version__, running
     from events_fas import receive_events
+    from kernels_fas import kernels  # noqa: F401
     from neurons_fas import MIN_THRESHOLD
     from sites_fas import (
         FASNeuron,

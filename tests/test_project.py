@@ -109,6 +109,13 @@ def test_hub_files_import_only_what_a_checkpoint_may_rely_on(name):
     assert {module for module in modules if module not in allowed and module.split(".")[0] not in allowed} == set()
 
 
+def test_the_model_names_every_file_that_travels_with_it():
+    # Of a checkpoint in a folder, transformers 4 copies what modeling_fas.py imports, not what that imports.
+    modules = imported_modules(ast.parse((ROOT / "modeling_fas.py").read_text()))
+    others = {Path(file).stem for file in HUB_FILES} - {"modeling_fas"}
+    assert {module for module in modules if module.startswith(".")} == {f".{other}" for other in others}
+
+
 def private_names(tree: ast.Module) -> set[str]:
     """Names that begin with an underscore and are imported, or reached through `transformers.`, in a file."""
     names = set()
