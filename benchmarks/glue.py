@@ -203,6 +203,11 @@ class Task(Glue):
             )
         return AutoModelForSequenceClassification.from_pretrained(self.folder / name).eval()
 
+    def ann_folder(self, seed: int) -> Path:
+        """Of the ANN of a seed, which is trained if it is not there."""
+        self.gelu(self.ann_of(seed))
+        return self.folder / f"gelu-{self.ann_of(seed)}"
+
     def ann_of(self, seed: int) -> int:
         """Seed of the ANN that a seed of everything else starts from."""
         return seed % TASKS[self.name]["anns"]
@@ -220,8 +225,9 @@ class Task(Glue):
 
     def quantised(self, seed: int):
         """The ANN with the levels of QCFS, not trained for them."""
+        folder = self.ann_folder(seed)
         set_seed(seed)
-        return FASBertForSequenceClassification.from_pretrained(self.folder / f"gelu-{self.ann_of(seed)}", L=8)
+        return FASBertForSequenceClassification.from_pretrained(folder, L=8)
 
     def qcfs(self, seed: int, distilled: bool = True):
         name = f"qcfs-{'distilled' if distilled else 'plain'}-{seed}"
@@ -232,7 +238,7 @@ class Task(Glue):
         return self.spiking(name)
 
     def spike_driven(self, seed: int, code: dict[str, Any], distilled: bool):
-        stock = str(self.folder / f"gelu-{self.ann_of(seed)}")
+        stock = str(self.ann_folder(seed))
         name = f"{code['code']}-{seed}"
         if distilled and (self.folder / name).is_dir():
             return self.spiking(name)
