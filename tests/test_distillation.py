@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
@@ -59,6 +60,16 @@ def pair(backbone: str = "gpt2", auto_class: str = CAUSAL, dtype=torch.float32, 
 
 def loss_of(trainer, batch) -> torch.Tensor:
     return trainer.compute_loss(trainer.model.train(), dict(batch))
+
+
+def test_the_student_has_no_dropout_as_the_teacher_has_none(tmp_path):
+    student, teacher = pair(**PHASE)
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    trainer = FASDistillationTrainer(student, arguments(tmp_path), teacher=teacher, hidden_weight=1.0)
+    batch = trainer.data_collator(rows())
+    assert loss_of(trainer, batch) == loss_of(trainer, batch)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -144,3 +144,14 @@ def test_the_recipe_that_shards_names_the_blocks_that_there_are():
     settings = yaml.safe_load((RECIPES / "gpt2_full_fsdp.yaml").read_text())["fsdp_config"]
     blocks = {type(block).__name__ for block in backbones.model("gpt2", "AutoModelForCausalLM").transformer.h}
     assert set(settings["transformer_layer_cls_to_wrap"]) == blocks
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_dropout_is_off_wherever_a_model_keeps_it(case):
+    names = [name for name in backbones.config(*case).to_dict() if "drop" in name and name != "layerdrop"]
+    model, inputs = backbones.model(*case, **dict.fromkeys(names, 0.5)), backbones.batch(*case)
+    expected, model = backbones.first_output(model(**inputs)), model.train()
+    assert not torch.equal(backbones.first_output(model(**inputs)), expected)
+    layout.turn_off_dropout(model)
+    torch.testing.assert_close(backbones.first_output(model(**inputs)), expected)
+    assert {getattr(model.config, name) for name in names} == {0.5}

@@ -84,6 +84,16 @@ def evaluating(*models: Any) -> Iterator[None]:
             model.train(training)
 
 
+def turn_off_dropout(model: nn.Module) -> None:
+    """For good, in the modules of a model; its configuration keeps what it says."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):  # handed to functions: of attention, and of OPT's blocks
+                setattr(module, name, 0.0)
+
+
 def auto_class(model: Any) -> str:
     """The Auto class that loads models of its kind, which sharding may have given a class of its own below."""
     names = {each.__name__ for each in type(model).__mro__}

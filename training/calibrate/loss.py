@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from configuration_fas import here
 
-from ..layout import auto_class, pooled, predicts_next
+from ..layout import auto_class, pooled, predicts_next, turn_off_dropout
 from ..results import write_json
 
 
@@ -158,11 +158,7 @@ def freeze_for_calibration(model: nn.Module) -> list[nn.Parameter]:
         parameter.requires_grad_(name.endswith(("fine_threshold", "initial_potential", ".gain")))
         if parameter.requires_grad:
             trainable.append(parameter)
-    for module in core.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "dropout_prob"):  # of attention, in transformers 4
-            module.dropout_prob = 0.0
+    turn_off_dropout(core)
     return trainable
 
 
