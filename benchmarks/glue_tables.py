@@ -67,6 +67,14 @@ def by_name(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def lost(named: dict[str, list[dict[str, Any]]], model: str, over: str, measure: str) -> list[float]:
+    """Points of a model's rows below another model's of the same seed, or the only one there is."""
+    others = {row["seed"]: row[measure] for row in named.get(over, [])}
+    only = next(iter(others.values())) if len(others) == 1 else None
+    pairs = [(others.get(row["seed"], only), row[measure]) for row in named.get(model, [])]
+    return [other - own for other, own in pairs if other is not None]
+
+
 def names_in(records: dict[str, Any]) -> list[str]:
     """Of all tasks: the ANN, QCFS, through time, then spikes in every product."""
     names = dict.fromkeys(name for record in records.values() for name in by_name(record))
@@ -75,7 +83,7 @@ def names_in(records: dict[str, Any]) -> list[str]:
 
 
 def scores_of(records: dict[str, Any], name: str) -> dict[str, Any]:
-    """A model's score by task, the mean of its seeds, and how far it is over the ANN's, the mean of the tasks."""
+    """A model's score by task, the mean of its seeds, and how far it is over its ANNs, the mean of the tasks."""
     row: dict[str, Any] = {"model": name}
     over = []
     for task, record in records.items():
@@ -83,8 +91,9 @@ def scores_of(records: dict[str, Any], name: str) -> dict[str, Any]:
         values = [each[measure] for each in named.get(name, [])]
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         row[task] = f"{statistics.mean(values):.1f}{spread}" if values else None
-        if values and ANN in named and task != UNLEARNED:
-            over.append(statistics.mean(values) - statistics.mean(each[measure] for each in named[ANN]))
+        below = lost(named, name, ANN, measure)
+        if below and task != UNLEARNED:
+            over.append(-statistics.mean(below))
     row["mean over the ANN, but for wnli (tasks)"] = f"{statistics.mean(over):+.2f} ({len(over)})" if over else None
     return row
 
@@ -157,22 +166,18 @@ def budgets() -> str:
 def goals(records: dict[str, Any]) -> str:
     """What was to be reached and what came out, the mean over the tasks that have both models, but for WNLI."""
     tasks = {name: by_name(record) for name, record in records.items() if name != UNLEARNED}
-
-    def mean(task: str, model: str, key: str) -> float:
-        return statistics.mean(row[key] for row in tasks[task][model])
-
     rows = []
     for model, over, key, most in GOALS:
-        both = [task for task, named in tasks.items() if model in named and (over is None or over in named)]
-        if not both:
-            continue
-        found = []
-        for task in both:
+        found = {}
+        for task, named in tasks.items():
             measure = key or MEASURES.get(task, "accuracy")
-            found.append(
-                mean(task, model, measure) if over is None else mean(task, over, measure) - mean(task, model, measure)
-            )
-        got, digits = statistics.mean(found), 2 if over else 3
+            values = lost(named, model, over, measure) if over else [row[measure] for row in named.get(model, [])]
+            if values:
+                found[task] = statistics.mean(values)
+        if not found:
+            continue
+        got, digits = statistics.mean(found.values()), 2 if over else 3
+        worst = max(found, key=lambda task: found[task])
         rows.append(
             {
                 "model": model,
@@ -180,8 +185,8 @@ def goals(records: dict[str, Any]) -> str:
                 "at most": f"{most:.{digits}f}",
                 "got": f"{got:.{digits}f}",
                 "met": "yes" if got <= most else "**no**",
-                "tasks": len(both),
-                "worst": f"{max(found):.{digits}f} ({both[found.index(max(found))]})",
+                "tasks": len(found),
+                "worst": f"{found[worst]:.{digits}f} ({worst})",
             }
         )
     return markdown_table(rows)

@@ -91,14 +91,14 @@ def test_a_fit_finds_its_terms_and_says_what_it_leaves():
 def test_goals_are_means_of_tasks_that_have_both_models_and_a_miss_is_told():
     def record(measure, **scores):
         code = {"model": "spike-driven", "code": "phase", "T": 4, "distilled": True, "energy": scores["energy"]}
-        rows = [{"model": "gelu"} | {measure: score} for score in scores["ann"]]
-        return {"metrics": [*rows, *(code | {measure: score} for score in scores["phase"])]}
+        rows = [{"model": "gelu", "seed": seed} | {measure: score} for seed, score in enumerate(scores["ann"])]
+        return {"metrics": rows + [code | {"seed": i, measure: score} for i, score in enumerate(scores["phase"])]}
 
     lost = record("accuracy", ann=[50.0], phase=[0.0], energy=9.0)
     records = {
         "cola": record("matthews_correlation", ann=[40.0, 42.0], phase=[38.5, 39.5], energy=0.27),
-        "rte": record("accuracy", ann=[60.0], phase=[60.5], energy=0.3),
-        "mnli": {"metrics": [{"model": "gelu", "accuracy": 1.0}]},
+        "rte": record("accuracy", ann=[60.0, 9.0], phase=[60.5], energy=0.3),  # beside the ANN of its seed
+        "mnli": {"metrics": [{"model": "gelu", "seed": 0, "accuracy": 1.0}]},
         "wnli": lost,
     }
     rows = glue_tables.goals(records).splitlines()[2:]
