@@ -54,12 +54,13 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 MEASURES = {"cola": "matthews_correlation", "stsb": "pearson"}  # what the best epoch is chosen by; else accuracy
 GELU_RATES, TRIED = (1e-4, 3e-4), 240  # steps of a trial, at most an epoch (SST-2, WNLI: 60)
-QCFS = {"epochs": 3, "most_steps": 300, "rate": 0.5, "threshold_rate": 1e-2}  # rate: of the ANN's own
+QCFS: dict[str, Any] = {"epochs": 3, "most_steps": 300, "threshold_rate": 1e-2}
+QCFS |= {"rates": {"distilled": 1.0, "plain": 0.5}}  # over the ANN's own
 SPIKE_DRIVEN: list[dict[str, Any]] = [
     {"code": "phase", "T": 4},
     {"code": "first_spike", "T": 8, "code_base": 2**0.5},
 ]
-DISTILLED: dict[str, Any] = {"steps": 60, "rates": (3e-5, 1e-3)}
+DISTILLED: dict[str, Any] = {"steps": 60, "rates": {"phase": (3e-5, 1e-3), "first_spike": (1e-4, 1e-3)}}
 THROUGH_TIME = [(T, schedule) for T in (4, 8) for schedule in ("layerwise", "accumulated", "stepwise")]
 CALIBRATED = [(T, how) for T in (4, 8) for how in ("neuron", "fine", "published")]
 ORIGIN = origin()  # of the code that runs, which may be edited meanwhile
@@ -230,10 +231,11 @@ class Task(Glue):
         return FASBertForSequenceClassification.from_pretrained(folder, L=8)
 
     def qcfs(self, seed: int, distilled: bool = True):
-        name = f"qcfs-{'distilled' if distilled else 'plain'}-{seed}"
+        how = "distilled" if distilled else "plain"
+        name = f"qcfs-{how}-{seed}"
         if not (self.folder / name).is_dir():
             steps = min(QCFS["most_steps"], int(QCFS["epochs"] * len(self.train) / 32))
-            rates = QCFS["rate"] * self.rate, QCFS["threshold_rate"]
+            rates = QCFS["rates"][how] * self.rate, QCFS["threshold_rate"]
             self.short_training(name, self.quantised(seed), seed, steps, rates, distilled)
         return self.spiking(name)
 
@@ -246,7 +248,7 @@ class Task(Glue):
         model = convert_to_spiking(stock, batch, sites="all", progress=False, **code)
         if not distilled:
             return model.eval()
-        return self.short_training(name, model, seed, DISTILLED["steps"], DISTILLED["rates"])
+        return self.short_training(name, model, seed, DISTILLED["steps"], DISTILLED["rates"][code["code"]])
 
 
 def rows_of(task: Task, seed: int, done: list[dict[str, Any]], late: bool):

@@ -27,16 +27,16 @@ CODES = {each["code"]: each for each in SPIKE_DRIVEN}
 ORIGIN = origin()  # of the code that runs, which may be edited meanwhile
 
 
-def model_of(task: Task, kind: str, steps: int, rate: float):
+def model_of(task: Task, kind: str, steps: int, rate: float, seed: int):
     """Distilled for so many steps; saved, and loaded the next time."""
-    name = f"budget-{kind}-{steps}-{rate:g}"
+    name = f"budget-{kind}-{steps}-{rate:g}-{seed}"
     if (task.folder / name).is_dir():
         return task.spiking(name)
     if kind == "qcfs":
-        model, rates = task.quantised(0), (rate * task.rate, QCFS["threshold_rate"])
+        model, rates = task.quantised(seed), (rate * task.rate, QCFS["threshold_rate"])
     else:
-        model, rates = task.spike_driven(0, CODES[kind], False), (rate, DISTILLED["rates"][1])
-    return task.short_training(name, model, 0, steps, rates) if steps else model.eval()
+        model, rates = task.spike_driven(seed, CODES[kind], False), (rate, DISTILLED["rates"][kind][1])
+    return task.short_training(name, model, seed, steps, rates) if steps else model.eval()
 
 
 def main() -> None:
@@ -45,13 +45,14 @@ def main() -> None:
     parser.add_argument("--model", choices=("ann", "qcfs", *CODES), required=True)
     parser.add_argument("--steps", nargs="+", type=int, default=[0])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=CACHE / "glue", help="folder of the trained models")
     args = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     for name in args.tasks:
         task = Task(name, args.work)
-        ann = task.gelu(0)
+        ann = task.gelu(task.ann_of(args.seed))
         task.rate = next(
             row["rate"] for row in read_results(RESULTS / f"{name}.json")["metrics"] if row["model"] == "gelu"
         )
@@ -60,16 +61,17 @@ def main() -> None:
             for rate in args.rates:
                 done = read_results(OUTPUT)["metrics"] if OUTPUT.is_file() else []
                 row: dict[str, Any] = {"task": name, "model": args.model, "steps": steps, "rate": rate}
+                row |= {"seed": args.seed, "dropout": 0.0}
                 if matching(done, row):
                     continue
-                model = ann if args.model == "ann" else model_of(task, args.model, steps, rate)
+                model = ann if args.model == "ann" else model_of(task, args.model, steps, rate, args.seed)
                 scores, logits = task.judged(model, task.held_out)
                 row |= {
                     "held_out": scores[task.measure],
                     "divergence": output_error(logits, target, causal=False).item(),
                 }
                 done = read_results(OUTPUT)["metrics"] if OUTPUT.is_file() else []  # another task may run beside this
-                write_results(OUTPUT, metrics=[*done, row | ORIGIN], configuration={"batch": 32, "seed": 0})
+                write_results(OUTPUT, metrics=[*done, row | ORIGIN], configuration={"batch": 32})
                 print(markdown_table([row]), flush=True)
 
 

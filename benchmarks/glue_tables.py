@@ -35,11 +35,15 @@ CALIBRATIONS = {"none": "", "neuron": ", searched", "fine": ", calibrated", "pub
 
 
 def parts() -> Iterator[Part]:
-    records = {name: read_results(path) for name in ORDER if (path := RESULTS / "glue" / f"{name}.json").is_file()}
+    records, noisy = (
+        {name: read_results(path) for name in ORDER if (path := RESULTS / folder / f"{name}.json").is_file()}
+        for folder in ("glue", "glue_dropout")
+    )
     yield Part(PAGE, "scores", scores(records))
     yield Part(PAGE, "costs", markdown_table(costs(records), digits=2))
     yield Part(PAGE, "goals", goals(records))
-    yield Part(PAGE, "calibrated", calibrated(records))
+    yield Part(PAGE, "scores-dropout", scores(noisy))
+    yield Part(PAGE, "calibrated", calibrated(noisy))
     yield Part(PAGE, "budgets", budgets())
     yield Part(SHORT, "glue", short(records))
     yield Part(ABLATIONS, "ablations", ablations())
@@ -149,17 +153,21 @@ def calibrated(records: dict[str, Any]) -> str:
 
 
 def budgets() -> str:
-    """What more steps do, on held-out rows: distilled networks, ordered by task, model and steps."""
+    """What more steps and dropout do, on held-out rows: distilled networks, by task, seed, model and steps."""
     record = read_results(RESULTS / "glue_budget.json")
     kinds = {"ann": ANN, "qcfs": QCFS, "phase": PHASE, "first_spike": FIRST}
-    found = sorted(record["metrics"], key=lambda row: (row["task"], list(kinds).index(row["model"]), row["steps"]))
-    rows = [
-        {"task": row["task"], "model": kinds[row["model"]].removesuffix(", distilled")}
-        | {"steps of distillation": row["steps"] if row["model"] != "ann" else None}
-        | {"rate": f"{row['rate']:g}" if row["steps"] else None, "score": f"{row['held_out']:.1f}"}
-        | {"divergence": f"{row['divergence']:.3f}"}
-        for row in found
-    ]
+    order = ("task", "seed", "model", "steps", "rate", "dropout")
+    keys = [{**row, "model": list(kinds).index(row["model"])} for row in record["metrics"]]
+    found = sorted(zip(keys, record["metrics"], strict=True), key=lambda pair: [pair[0][name] for name in order])
+    rows = []
+    for _, row in found:
+        settings = {"rate": f"{row['rate']:g}", "dropout": f"{row['dropout']:g}" if row["dropout"] else "off"}
+        rows.append(
+            {"task": row["task"], "seed": row["seed"], "model": kinds[row["model"]].removesuffix(", distilled")}
+            | {"steps of distillation": None if row["model"] == "ann" else row["steps"]}
+            | (settings if row["steps"] else dict.fromkeys(settings))
+            | {"score": f"{row['held_out']:.1f}", "divergence": f"{row['divergence']:.3f}"}
+        )
     return f"{markdown_table(rows)}\n\n{wrapped(source(record))}"
 
 
