@@ -257,6 +257,15 @@ def rows_of(task: Task, seed: int, done: list[dict[str, Any]], late: bool):
     def missing(row: dict[str, Any]) -> bool:
         return not matching(done, row)
 
+    def same(model, row: dict[str, Any]) -> None:
+        """Raise for a model that was trained again, and came out otherwise than the one whose row is there."""
+        for each in matching(done, row):
+            if each["weights_sha256"] != (found := fingerprint(model)):
+                raise SystemExit(
+                    f"{task.name}: {row} is of weights {each['weights_sha256'][:8]}, which are gone; trained again on "
+                    f"this machine they are {found[:8]}. Remove the task's rows from its file, and run it anew."
+                )
+
     def scored(model, **more: Any) -> dict[str, Any]:
         return task.judged(model, task.validation)[0] | more | {"weights_sha256": fingerprint(model)}
 
@@ -267,19 +276,21 @@ def rows_of(task: Task, seed: int, done: list[dict[str, Any]], late: bool):
     trials = [each for each in done if each["model"] == "trial"]
     task.rate = max(trials, key=lambda each: (each["held_out"], -each.get("held_out_loss", 0.0)))["rate"]
     own = task.ann_of(seed)
-    row = {"model": "gelu", "seed": own}
+    ann = row = {"model": "gelu", "seed": own}
     if missing(row):
         model = task.gelu(own)
         yield row | {"rate": task.rate} | scored(model, held_out=task.judged(model, task.held_out)[0][task.measure])
     for distilled in (True, False):
         row = {"model": "qcfs", "seed": seed, "distilled": distilled}
         if missing(row):
+            same(task.gelu(own), ann)
             model = task.qcfs(seed, distilled)
             yield row | scored(model, held_out=task.judged(model, task.held_out)[0][task.measure])
     for code in SPIKE_DRIVEN:
         for distilled in (False, True):
             row = {"model": "spike-driven", "seed": seed, "distilled": distilled, **code}
             if missing(row):
+                same(task.gelu(own), ann)
                 model = task.spike_driven(seed, code, distilled)
                 yield row | scored(model) | task.cost(model)
     settings = [(T, schedule, "none") for T, schedule in THROUGH_TIME]
@@ -292,6 +303,7 @@ def rows_of(task: Task, seed: int, done: list[dict[str, Any]], late: bool):
             continue
         model = task.qcfs(seed)
         if target is None:
+            same(model, {"model": "qcfs", "seed": seed, "distilled": True})
             target = task.judged(model, task.validation)[1]
         if schedule == "accumulated" and how != "none":
             model.begin_calibration(T).set_timesteps(T, schedule)
