@@ -60,7 +60,7 @@ SPIKE_DRIVEN: list[dict[str, Any]] = [
     {"code": "phase", "T": 4},
     {"code": "first_spike", "T": 8, "code_base": 2**0.5},
 ]
-DISTILLED: dict[str, Any] = {"steps": 60, "rates": {"phase": (3e-5, 1e-3), "first_spike": (1e-4, 1e-3)}}
+DISTILLED: dict[str, Any] = {"steps": {"phase": 60, "first_spike": 240}, "rates": (3e-5, 1e-3)}
 THROUGH_TIME = [(T, schedule) for T in (4, 8) for schedule in ("layerwise", "accumulated", "stepwise")]
 CALIBRATED = [(T, how) for T in (4, 8) for how in ("neuron", "fine", "published")]
 ORIGIN = origin()  # of the code that runs, which may be edited meanwhile
@@ -248,7 +248,7 @@ class Task(Glue):
         model = convert_to_spiking(stock, batch, sites="all", progress=False, **code)
         if not distilled:
             return model.eval()
-        return self.short_training(name, model, seed, DISTILLED["steps"], DISTILLED["rates"][code["code"]])
+        return self.short_training(name, model, seed, DISTILLED["steps"][code["code"]], DISTILLED["rates"])
 
 
 def rows_of(task: Task, seed: int, done: list[dict[str, Any]], late: bool):

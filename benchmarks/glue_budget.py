@@ -35,7 +35,7 @@ def model_of(task: Task, kind: str, steps: int, rate: float, seed: int):
     if kind == "qcfs":
         model, rates = task.quantised(seed), (rate * task.rate, QCFS["threshold_rate"])
     else:
-        model, rates = task.spike_driven(seed, CODES[kind], False), (rate, DISTILLED["rates"][kind][1])
+        model, rates = task.spike_driven(seed, CODES[kind], False), (rate, DISTILLED["rates"][1])
     return task.short_training(name, model, seed, steps, rates) if steps else model.eval()
 
 
