@@ -42,6 +42,7 @@ def parts() -> Iterator[Part]:
     yield Part(PAGE, "scores", scores(records))
     yield Part(PAGE, "costs", markdown_table(costs(records), digits=2))
     yield Part(PAGE, "goals", goals(records))
+    yield Part(PAGE, "goals-dropout", goals(noisy))
     yield Part(PAGE, "scores-dropout", scores(noisy))
     yield Part(PAGE, "calibrated", calibrated(noisy))
     yield Part(PAGE, "budgets", budgets())
