@@ -54,8 +54,12 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 MEASURES = {"cola": "matthews_correlation", "stsb": "pearson"}  # what the best epoch is chosen by; else accuracy
 GELU_RATES, TRIED = (1e-4, 3e-4), 240  # steps of a trial, at most an epoch (SST-2, WNLI: 60)
-QCFS: dict[str, Any] = {"epochs": 3, "most_steps": 300, "threshold_rate": 1e-2}
-QCFS |= {"rates": {"distilled": 1.0, "plain": 0.5}}  # over the ANN's own
+QCFS: dict[str, Any] = {
+    "epochs": 3,
+    "most_steps": 300,
+    "rates": {"distilled": 1.0, "plain": 0.5},  # over the ANN's own
+    "threshold_rate": 1e-2,
+}
 SPIKE_DRIVEN: list[dict[str, Any]] = [
     {"code": "phase", "T": 4},
     {"code": "first_spike", "T": 8, "code_base": 2**0.5},
@@ -179,8 +183,8 @@ class Task(Glue):
         scores = self.judged(model, self.held_out, loss=True)[0]
         return {"steps": steps, "held_out": scores[self.measure], "held_out_loss": scores["loss"]}
 
-    def gelu(self, seed: int):
-        """The ANN at its best epoch."""
+    def gelu_folder(self, seed: int) -> Path:
+        """The ANN at its best epoch, trained if it is not there."""
         name, options = f"gelu-{seed}", TASKS[self.name]
         if not (self.folder / name).is_dir():
             settings = self.settings(
@@ -202,12 +206,10 @@ class Task(Glue):
                 callbacks=[EarlyStoppingCallback(2)],
                 **for_trainer(self.metric),
             )
-        return AutoModelForSequenceClassification.from_pretrained(self.folder / name).eval()
+        return self.folder / name
 
-    def ann_folder(self, seed: int) -> Path:
-        """Of the ANN of a seed, which is trained if it is not there."""
-        self.gelu(self.ann_of(seed))
-        return self.folder / f"gelu-{self.ann_of(seed)}"
+    def gelu(self, seed: int):
+        return AutoModelForSequenceClassification.from_pretrained(self.gelu_folder(seed)).eval()
 
     def ann_of(self, seed: int) -> int:
         """Seed of the ANN that a seed of everything else starts from."""
@@ -226,7 +228,7 @@ class Task(Glue):
 
     def quantised(self, seed: int):
         """The ANN with the levels of QCFS, not trained for them."""
-        folder = self.ann_folder(seed)
+        folder = self.gelu_folder(self.ann_of(seed))
         set_seed(seed)
         return FASBertForSequenceClassification.from_pretrained(folder, L=8)
 
@@ -240,7 +242,7 @@ class Task(Glue):
         return self.spiking(name)
 
     def spike_driven(self, seed: int, code: dict[str, Any], distilled: bool):
-        stock = str(self.ann_folder(seed))
+        stock = str(self.gelu_folder(self.ann_of(seed)))
         name = f"{code['code']}-{seed}"
         if distilled and (self.folder / name).is_dir():
             return self.spiking(name)
@@ -251,20 +253,21 @@ class Task(Glue):
         return self.short_training(name, model, seed, DISTILLED["steps"][code["code"]], DISTILLED["rates"])
 
 
+def check_weights(task: Task, rows: list[dict[str, Any]], wanted: dict[str, Any], model) -> None:
+    """Raise for a model that was trained again, and came out otherwise than the one whose row is there."""
+    for each in matching(rows, wanted):
+        if each["weights_sha256"] != (found := fingerprint(model)):
+            raise SystemExit(
+                f"{task.name}: {wanted} is of weights {each['weights_sha256'][:8]}, which are gone; trained again on "
+                f"this machine they are {found[:8]}. Remove the task's rows from its file, and run it anew."
+            )
+
+
 def rows_of(task: Task, seed: int, done: list[dict[str, Any]], late: bool):
     """Every row of a task and seed that is not done yet; calibrated ones when it is late."""
 
     def missing(row: dict[str, Any]) -> bool:
         return not matching(done, row)
-
-    def same(model, row: dict[str, Any]) -> None:
-        """Raise for a model that was trained again, and came out otherwise than the one whose row is there."""
-        for each in matching(done, row):
-            if each["weights_sha256"] != (found := fingerprint(model)):
-                raise SystemExit(
-                    f"{task.name}: {row} is of weights {each['weights_sha256'][:8]}, which are gone; trained again on "
-                    f"this machine they are {found[:8]}. Remove the task's rows from its file, and run it anew."
-                )
 
     def scored(model, **more: Any) -> dict[str, Any]:
         return task.judged(model, task.validation)[0] | more | {"weights_sha256": fingerprint(model)}
@@ -283,14 +286,14 @@ def rows_of(task: Task, seed: int, done: list[dict[str, Any]], late: bool):
     for distilled in (True, False):
         row = {"model": "qcfs", "seed": seed, "distilled": distilled}
         if missing(row):
-            same(task.gelu(own), ann)
+            check_weights(task, done, ann, task.gelu(own))
             model = task.qcfs(seed, distilled)
             yield row | scored(model, held_out=task.judged(model, task.held_out)[0][task.measure])
     for code in SPIKE_DRIVEN:
         for distilled in (False, True):
             row = {"model": "spike-driven", "seed": seed, "distilled": distilled, **code}
             if missing(row):
-                same(task.gelu(own), ann)
+                check_weights(task, done, ann, task.gelu(own))
                 model = task.spike_driven(seed, code, distilled)
                 yield row | scored(model) | task.cost(model)
     settings = [(T, schedule, "none") for T, schedule in THROUGH_TIME]
@@ -303,7 +306,7 @@ def rows_of(task: Task, seed: int, done: list[dict[str, Any]], late: bool):
             continue
         model = task.qcfs(seed)
         if target is None:
-            same(model, {"model": "qcfs", "seed": seed, "distilled": True})
+            check_weights(task, done, {"model": "qcfs", "seed": seed, "distilled": True}, model)
             target = task.judged(model, task.validation)[1]
         if schedule == "accumulated" and how != "none":
             model.begin_calibration(T).set_timesteps(T, schedule)

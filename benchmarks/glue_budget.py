@@ -19,7 +19,7 @@ from training.calibrate.loss import output_error
 from training.results import markdown_table, matching, origin, read_results, write_results
 
 from ._calibration_tasks import CACHE
-from .glue import DISTILLED, QCFS, RESULTS, SPIKE_DRIVEN, Task
+from .glue import DISTILLED, QCFS, RESULTS, SPIKE_DRIVEN, Task, check_weights
 
 
 OUTPUT = RESULTS.parent / "glue_budget.json"
@@ -52,10 +52,14 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     for name in args.tasks:
         task = Task(name, args.work)
-        ann = task.gelu(task.ann_of(args.seed))
-        task.rate = next(
-            row["rate"] for row in read_results(RESULTS / f"{name}.json")["metrics"] if row["model"] == "gelu"
-        )
+        wanted = {"model": "gelu", "seed": task.ann_of(args.seed)}
+        trained = matching(read_results(RESULTS / f"{name}.json")["metrics"], wanted)
+        if not trained:
+            raise SystemExit(
+                f"`--seed` must have an ANN, got {args.seed}. Run `python -m benchmarks.glue` for it first."
+            )
+        task.rate, ann = trained[0]["rate"], task.gelu(wanted["seed"])
+        check_weights(task, trained, wanted, ann)
         target = task.judged(ann, task.held_out)[1]
         for steps in args.steps:
             for rate in args.rates:

@@ -67,6 +67,9 @@ def test_the_student_has_no_dropout_as_the_teacher_has_none(tmp_path):
     for module in student.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5
+    with pytest.raises(ValueError, match="distillation_temperature"):
+        FASDistillationTrainer(student, arguments(tmp_path), teacher=teacher, temperature=0.0)
+    assert {module.p for module in student.modules() if isinstance(module, nn.Dropout)} == {0.5}, "refused, unchanged"
     trainer = FASDistillationTrainer(student, arguments(tmp_path), teacher=teacher, hidden_weight=1.0)
     batch = trainer.data_collator(rows())
     assert loss_of(trainer, batch) == loss_of(trainer, batch)

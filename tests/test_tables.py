@@ -9,7 +9,7 @@ from benchmarks.pages import Part, command, update
 from benchmarks.readme import spread
 from benchmarks.scaling import fit
 from neurons_fas import encode
-from training.results import origin, write_results
+from training.results import checksum, origin, read_results, write_results
 
 
 def test_parts_are_written_once_and_checked_after(tmp_path, monkeypatch, capsys):
@@ -151,6 +151,13 @@ def test_a_file_of_rows_from_two_processors_names_both(tmp_path):
     assert ours == {"commit": here["commit"], "processor": last}
     assert f"; {last} and one and another, " in pages.source(here)
     assert f"; {last}, " in pages.source(write_results(tmp_path / "one.json", metrics={"a": 1}, configuration={}))
+
+
+def test_results_files_say_what_was_measured_when_they_were_written():
+    records = {path: read_results(path) for path in sorted(pages.RESULTS.rglob("*.json"))}
+    signed = {path: record["sha256"] for path, record in records.items() if "sha256" in record}
+    assert len(signed) > 40
+    assert [path.name for path, digest in signed.items() if digest != checksum(records[path])] == []
 
 
 def test_glue_does_not_go_on_from_weights_that_are_not_those_of_its_rows():

@@ -61,9 +61,9 @@ class FASDistillationTrainer(CountingTrainer):
     precede one), of which padding is none; over texts where the head judges texts; squared errors for a regression.
     `hidden` is the squared error of all hidden states, over real tokens. The student runs as its configuration says:
     through the closed forms of a code at T > 0, layerwise; through time in the other schedules; as QCFS at T = 0.
-    Gradients pass the spikes straight through, to weights and thresholds. Dropout is off, since a teacher has none:
-    noise that no weight can follow costs a student that starts close more than it has left to learn. Accumulated and
-    distributed gradients are those of the large batch. Evaluation is that of the student.
+    Gradients pass the spikes straight through, to weights and thresholds. Dropout is off, for good, since a teacher
+    has none: noise that no weight can follow costs a student that starts close more than it has left to learn.
+    Accumulated and distributed gradients are those of the large batch. Evaluation is that of the student.
 
     Args:
         teacher: A model with logits of the same shape, stock as a rule, with weights of its own. Run in evaluation
@@ -93,12 +93,12 @@ class FASDistillationTrainer(CountingTrainer):
         if auto_class(core) not in OF_TOKENS + OF_TEXTS:
             raise ValueError(f"`model` must have a head with one output to compare, got {type(core).__name__}.")
         check_teacher(core, teacher)
-        turn_off_dropout(core)
         super().__init__(model, args, **kwargs)
         self.temperature = _setting(temperature, self.args, "distillation_temperature", 1.0)
         self.alpha = _setting(alpha, self.args, "distillation_alpha", 0.0)
         self.hidden_weight = _setting(hidden_weight, self.args, "hidden_weight", 0.0)
         check_settings(self.temperature, self.alpha, self.hidden_weight)
+        turn_off_dropout(core)
         self.teacher = teacher.to(self.args.device).eval()
         self._teacher_takes = inspect.signature(teacher.forward).parameters
 
