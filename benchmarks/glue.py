@@ -55,6 +55,7 @@ TASKS: dict[str, dict[str, Any]] = {
 MEASURES = {"cola": "matthews_correlation", "stsb": "pearson"}  # what the best epoch is chosen by; else accuracy
 GELU_RATES, TRIED = (1e-4, 3e-4), 240  # steps of a trial, at most an epoch (SST-2, WNLI: 60)
 QCFS: dict[str, Any] = {
+    "L": 8,
     "epochs": 3,
     "most_steps": 300,
     "rates": {"distilled": 1.0, "plain": 0.5},  # over the ANN's own
@@ -226,11 +227,11 @@ class Task(Glue):
         more = {"teacher": self.gelu(self.ann_of(seed)), "hidden_weight": 1.0}
         return self.fit(name, model, settings, FASDistillationTrainer, **more).eval()
 
-    def quantised(self, seed: int):
+    def quantised(self, seed: int, levels: int = QCFS["L"]):
         """The ANN with the levels of QCFS, not trained for them."""
         folder = self.gelu_folder(self.ann_of(seed))
         set_seed(seed)
-        return FASBertForSequenceClassification.from_pretrained(folder, L=8)
+        return FASBertForSequenceClassification.from_pretrained(folder, L=levels)
 
     def qcfs(self, seed: int, distilled: bool = True):
         how = "distilled" if distilled else "plain"
@@ -251,6 +252,12 @@ class Task(Glue):
         if not distilled:
             return model.eval()
         return self.short_training(name, model, seed, DISTILLED["steps"][code["code"]], DISTILLED["rates"])
+
+
+def search_accumulated(task: Task, model, T: int, seed: int) -> None:
+    """Thresholds and initial potentials for accumulated steps, from training rows."""
+    model.begin_calibration(T).set_timesteps(T, "accumulated")
+    coarse_search(model, task.calibration_batches(1, SETTINGS["rows"]["glue"], seed)[0], progress=False)
 
 
 def check_weights(task: Task, rows: list[dict[str, Any]], wanted: dict[str, Any], model) -> None:
@@ -309,8 +316,7 @@ def rows_of(task: Task, seed: int, done: list[dict[str, Any]], late: bool):
             check_weights(task, done, {"model": "qcfs", "seed": seed, "distilled": True}, model)
             target = task.judged(model, task.validation)[1]
         if schedule == "accumulated" and how != "none":
-            model.begin_calibration(T).set_timesteps(T, schedule)
-            coarse_search(model, task.calibration_batches(1, SETTINGS["rows"]["glue"], seed)[0], progress=False)
+            search_accumulated(task, model, T, seed)
         elif how != "none":
             calibrate(model, task, how, T, seed)
         with model.running(T, schedule):
@@ -339,7 +345,7 @@ def main() -> None:
                 "judged": f"{len(task.validation)} rows of validation",
                 "length": task.max_length,
                 "ann": TASKS[name],
-                "qcfs": QCFS | {"L": 8, "batch": 32},
+                "qcfs": QCFS | {"batch": 32},
                 "spike_driven": DISTILLED | {"batch": 32, "calibration": "64 rows"},
             }
             start = time.perf_counter()

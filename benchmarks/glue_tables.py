@@ -44,8 +44,10 @@ def parts() -> Iterator[Part]:
     yield Part(PAGE, "goals", goals(records))
     yield Part(PAGE, "goals-dropout", goals(noisy))
     yield Part(PAGE, "scores-dropout", scores(noisy))
-    yield Part(PAGE, "calibrated", calibrated(noisy))
+    yield Part(PAGE, "calibrated", calibrated(records))
+    yield Part(PAGE, "calibrated-dropout", calibrated(noisy))
     yield Part(PAGE, "budgets", budgets())
+    yield Part(PAGE, "levels", levels())
     yield Part(SHORT, "glue", short(records))
     yield Part(ABLATIONS, "ablations", ablations())
 
@@ -158,8 +160,9 @@ def budgets() -> str:
     record = read_results(RESULTS / "glue_budget.json")
     kinds = {"ann": ANN, "qcfs": QCFS, "phase": PHASE, "first_spike": FIRST}
     order = ("task", "seed", "model", "steps", "rate", "dropout")
-    keys = [{**row, "model": list(kinds).index(row["model"])} for row in record["metrics"]]
-    found = sorted(zip(keys, record["metrics"], strict=True), key=lambda pair: [pair[0][name] for name in order])
+    trials = [row for row in record["metrics"] if row.get("L", 8) == 8 and not row.get("T")]
+    keys = [{**row, "model": list(kinds).index(row["model"])} for row in trials]
+    found = sorted(zip(keys, trials, strict=True), key=lambda pair: [pair[0][name] for name in order])
     rows = []
     for _, row in found:
         settings = {"rate": f"{row['rate']:g}", "dropout": f"{row['dropout']:g}" if row["dropout"] else "off"}
@@ -170,6 +173,27 @@ def budgets() -> str:
             | {"score": f"{row['held_out']:.1f}", "divergence": f"{row['divergence']:.3f}"}
         )
     return f"{markdown_table(rows)}\n\n{wrapped(source(record))}"
+
+
+def levels() -> str:
+    """Held-out score of QCFS by its levels, and what accumulated steps leave of it; tasks with both."""
+    record = read_results(RESULTS / "glue_budget.json")
+    rows = [row for row in record["metrics"] if row["model"] == "qcfs"]
+    settings = ("task", "seed", "steps", "rate", "dropout", "L")
+    found = {tuple(row[name] for name in settings) for row in rows if row["T"]}
+    ann = {(row["task"], row["seed"]): row["held_out"] for row in record["metrics"] if row["model"] == "ann"}
+    table = []
+    for key in sorted(found):
+        own = {(row["T"], row["calibration"]): row for row in rows if tuple(row[name] for name in settings) == key}
+        table.append(
+            {"task": key[0], ANN: f"{ann[key[:2]]:.1f}", "L": key[-1], "QCFS": f"{own[0, 'none']['held_out']:.1f}"}
+            | {
+                f"accumulated, T = {T}{CALIBRATIONS[how]}": f"{row['held_out']:.1f}"
+                for (T, how), row in sorted(own.items())
+                if T
+            }
+        )
+    return markdown_table(table)
 
 
 def goals(records: dict[str, Any]) -> str:

@@ -183,11 +183,10 @@ def accumulated() -> str:
 
 
 def accumulated_files() -> list[Path]:
-    """Results of the schedules: of `accumulated.py`; for other tasks of `glue.py`, distilled with dropout, which has
-    every task and seed; in WNLI none differ."""
+    """Results of the schedules: of `accumulated.py`; for other tasks of `glue.py`. In WNLI none differ."""
     own = sorted((RESULTS / "accumulated").glob("*.json"))
     known = {path.name for path in own} | {"wnli.json"}
-    return own + [path for path in sorted((RESULTS / "glue_dropout").glob("*.json")) if path.name not in known]
+    return own + [path for path in sorted((RESULTS / "glue").glob("*.json")) if path.name not in known]
 
 
 def accumulated_rows(*paths: Path) -> Iterator[dict[str, Any]]:
