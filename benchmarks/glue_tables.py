@@ -189,7 +189,7 @@ def levels() -> str:
             {"task": key[0], ANN: f"{ann[key[:2]]:.1f}", "L": key[-1], "QCFS": f"{own[0, 'none']['held_out']:.1f}"}
             | {
                 f"accumulated, T = {T}{CALIBRATIONS[how]}": f"{row['held_out']:.1f}"
-                for (T, how), row in sorted(own.items())
+                for (T, how), row in sorted(own.items(), reverse=True)
                 if T
             }
         )
